@@ -23,7 +23,7 @@ WORK = ("segformer_b0", (64, 96), 2)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_two_are_timed_turn_by_turn_and_compute_the_same(mode, tmp_path, capsys):
+def test_two_contenders_take_turns_and_compute_the_same(mode, tmp_path, capsys):
     model, size, batch = WORK
     height, width = map(str, size)
     options = ["--model", model, "--size", height, width, "--batch", str(batch), "--mode", mode]
@@ -44,7 +44,7 @@ def test_two_are_timed_turn_by_turn_and_compute_the_same(mode, tmp_path, capsys)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in contenders.CONTENDERS if "compile" not in name])
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_every_contender_computes_what_the_plain_one_does(name, mode):
+def test_every_contender_computes_the_same_as_plain_pytorch(name, mode):
     model = "segformer_simple" if name == "segformer-pytorch" else "segformer_b0"
     assert name == "segjax" or name in contenders.rivals(model)
     work = contenders.Work(model, (64, 96), 2, mode)
@@ -54,7 +54,7 @@ def test_every_contender_computes_what_the_plain_one_does(name, mode):
 
 
 @pytest.mark.slow
-def test_a_step_of_training_changes_the_loss_of_the_next_on_either_side():
+def test_a_training_step_changes_the_next_loss_of_segjax_and_pytorch():
     work = contenders.Work("segformer_b0", (64, 96), 2, "train")
     ours, theirs = (contenders.CONTENDERS[name](work) for name in ("segjax", "torch"))
     losses = [[float(side.outcome), float(side.run()), float(side.run())] for side in (ours, theirs)]
@@ -63,7 +63,7 @@ def test_a_step_of_training_changes_the_loss_of_the_next_on_either_side():
 
 
 @pytest.mark.slow
-def test_what_computes_something_else_is_not_timed(monkeypatch, capsys):
+def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch, capsys):
     monkeypatch.setitem(CLOSE, "float32", 0.0)
     options = ["--size", "32", "64", "--against", "torch", "--rounds", "1"]
     assert benchmark.main(options) == 2
@@ -77,12 +77,12 @@ def test_what_computes_something_else_is_not_timed(monkeypatch, capsys):
         (["--model", "hrnet_w18", "--against", "transformers"], "hrnet_w18 can be timed against torch, torch-channels"),
     ],
 )
-def test_what_cannot_be_timed_is_refused_before_anything_is_made(options, said, capsys):
+def test_impossible_requests_are_refused_before_a_model_is_built(options, said, capsys):
     assert benchmark.main(options) == 2
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_table_of_a_record_has_a_column_for_each_rival(tmp_path, capsys):
+def test_the_table_of_a_record_has_a_column_for_each_contender(tmp_path, capsys):
     def row(name, ratio):
         return {"name": name, "milliseconds": [20.0, 19.0, 21.0], "ours_over_theirs": [ratio, 0.1, 0.9]}
 
@@ -117,14 +117,16 @@ CEILING = {"flops_per_second": 1e4, "bytes_per_second": 1e3, "device": "a card",
         ("train", "float32", CEILING, 6000, 3 * 4 * 50 + 7 * 4 * 10, 880),
     ],
 )
-def test_the_floor_is_the_longer_of_products_and_traffic(monkeypatch, mode, dtype, ceiling, flops, moved, milliseconds):
+def test_the_floor_is_the_larger_of_compute_time_and_memory_time(
+    monkeypatch, mode, dtype, ceiling, flops, moved, milliseconds
+):
     least = summary.LeastWork(multiply_adds=1000, values=50, parameters=10)
     monkeypatch.setattr(summary, "least_work", lambda name, size, *, batch, num_classes: least)
     floor = floor_of(("segformer_b0", (64, 96), 2, mode, dtype, 150), ceiling)
     assert floor == pytest.approx({"flops": flops, "bytes": moved, "milliseconds": milliseconds})
 
 
-def test_ceilings_are_those_of_the_type_that_is_asked_for():
+def test_ceilings_are_those_of_the_requested_dtype():
     found = measured_ceilings("bfloat16")
     assert found["dtype"] == "bfloat16" and found["platform"] == jax.default_backend()
     assert found["flops_per_second"] > 1e9 and found["bytes_per_second"] > 1e8
@@ -172,7 +174,7 @@ def compared(names, **settings):
     return benchmark_runner.compare(names, work, ceiling=CEILING, rounds=3, say=lambda _: None, **settings)
 
 
-def test_apart_one_is_closed_before_the_next_is_made(fakes):
+def test_with_apart_one_contender_is_closed_before_the_next_is_built(fakes):
     result = compared(["segjax", "torch"], apart=True)
     assert fakes.log[:4] == ["segjax made", "segjax closed", "torch made", "torch closed"]
     ours, theirs = result["contenders"]
@@ -182,7 +184,7 @@ def test_apart_one_is_closed_before_the_next_is_made(fakes):
     assert (ours["bytes_per_second"], theirs["flops_per_second"]) == (1e12, 5e11)
 
 
-def test_a_rival_that_cannot_be_timed_has_its_reason_in_the_table(fakes):
+def test_the_table_states_why_a_contender_was_not_timed(fakes):
     fakes.fails["torch"] = BenchmarkError("torch: KeyError: 1")
     names = ["segjax", "torch", "torch-sdpa", "torch-compile"]
     result = compared(names, keep_going=True)
@@ -205,7 +207,7 @@ def test_a_rival_that_cannot_be_timed_has_its_reason_in_the_table(fakes):
             compared(names, keep_going=True)
 
 
-def test_a_rival_that_is_late_leaves_a_row_that_is_measured_again(fakes):
+def test_a_row_with_a_late_contender_is_measured_again(fakes):
     fakes.fails["torch"] = OutOfTimeError("torch: not done")
     assert compared(["segjax", "torch"], keep_going=True)["cut_short"]
 
@@ -219,7 +221,7 @@ def test_a_rival_that_is_late_leaves_a_row_that_is_measured_again(fakes):
         (None, OutOfTimeError),
     ],
 )
-def test_what_a_contender_says_is_told_apart(answer, error):
+def test_each_answer_of_a_contender_raises_its_own_kind_of_error(answer, error):
     runner = Runner.__new__(Runner)
     runner.name, runner._until = "torch", 0.0
     connection = dict(send=lambda _: None, poll=lambda _: answer is not None, recv=lambda: answer)
@@ -229,7 +231,7 @@ def test_what_a_contender_says_is_told_apart(answer, error):
     assert type(raised.value) is error and str(raised.value).startswith("torch: ")
 
 
-def test_what_pays_on_a_gpu_alone_is_timed_on_a_cpu_where_it_is_asked_for():
+def test_contenders_for_gpus_are_timed_on_a_cpu_only_on_request():
     slow = "torch-compile-max-autotune"
     assert slow in contenders.chosen("segnext_t", None, on_gpu=True)
     assert slow not in contenders.chosen("segnext_t", None, on_gpu=False)
@@ -238,7 +240,7 @@ def test_what_pays_on_a_gpu_alone_is_timed_on_a_cpu_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize("spelling", ["bf16", "bfloat16"])
-def test_a_type_has_one_name_in_a_record(fakes, tmp_path, spelling):
+def test_a_dtype_has_one_name_in_a_record(fakes, tmp_path, spelling):
     path = tmp_path / "record.json"
     options = ["--dtype", spelling, "--against", "torch", "--rounds", "2", "--json", str(path)]
     assert benchmark.main(options) == 0
@@ -273,7 +275,7 @@ def table(fakes, monkeypatch):
     return run
 
 
-def test_a_table_ends_in_time_and_a_second_command_takes_it_up(table, tmp_path, capsys):
+def test_a_table_ends_in_time_and_a_second_command_continues_it(table, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert table("--minutes", 4, "--json", path) == (0, [("segformer_b0", 8), ("segnext_t", 8)])
     assert "hrnet_w48, train 8x64x96: not begun: such a row takes 100 s, and 40 s are left" in " ".join(
@@ -294,7 +296,7 @@ def test_a_table_ends_in_time_and_a_second_command_takes_it_up(table, tmp_path, 
     ]
 
 
-def test_a_row_cut_short_is_measured_again_and_one_that_failed_is_not(table, fakes, tmp_path):
+def test_an_interrupted_row_is_measured_again_but_a_failed_one_is_not(table, fakes, tmp_path):
     path = tmp_path / "gpu.json"
     fakes.fails = {"torch": OutOfTimeError("torch: not done")}
     assert table("--minutes", 1, "--json", path) == (0, [("segformer_b0", 8)])
@@ -310,7 +312,7 @@ def test_a_row_cut_short_is_measured_again_and_one_that_failed_is_not(table, fak
     assert len(json.loads(path.read_text())["results"]) == 6
 
 
-def test_a_batch_is_halved_until_it_fits_everybody(table, monkeypatch, tmp_path):
+def test_a_batch_is_halved_until_it_fits_all_contenders(table, monkeypatch, tmp_path):
     def make(self):
         if self.name == "torch" and self.batch > 2:
             raise OutOfMemoryError(f"{self.name}: OutOfMemoryError: CUDA out of memory")
@@ -324,7 +326,7 @@ def test_a_batch_is_halved_until_it_fits_everybody(table, monkeypatch, tmp_path)
     assert result["did_not_fit"] == [{"name": "torch", "batch": 8}, {"name": "torch", "batch": 4}]
 
 
-def test_a_record_of_another_machine_is_not_gone_on_with(table, monkeypatch, tmp_path, capsys):
+def test_a_record_of_another_machine_is_not_continued(table, monkeypatch, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert table("--json", path)[0] == 0
     monkeypatch.setattr(benchmark_floor, "measured_ceilings", lambda dtype: CEILING | {"device": "another card"})
@@ -334,7 +336,7 @@ def test_a_record_of_another_machine_is_not_gone_on_with(table, monkeypatch, tmp
     )
 
 
-def test_rows_of_the_same_work_become_one_of_the_readme(tmp_path, capsys):
+def test_results_of_the_same_work_become_one_row_of_the_readme(tmp_path, capsys):
     def result(*rows):
         work = dict(model="segformer_b0", mode="train", batch=2, size=[64, 96])
         return work | {"contenders": [{"name": name, **row} for name, row in rows]}
@@ -360,14 +362,14 @@ def test_rows_of_the_same_work_become_one_of_the_readme(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("group", list(gpu_forms.CASES))
-def test_every_form_of_a_layer_computes_the_same(group):
+def test_all_implementations_of_a_layer_compute_the_same(group):
     (case, *_) = gpu_forms.CASES[group](True)
     for row in gpu_forms.measured(case, rehearse=True, bytes_per_second=1e9):
         assert "failed" not in row and row["error"] < 2e-2 and len(gpu_forms.line(row)) <= 80
         assert min(row["forward"] + row["both"]) > 0
 
 
-def test_a_form_that_computes_something_else_is_not_timed(monkeypatch, tmp_path, capsys):
+def test_an_implementation_that_computes_something_else_is_not_timed(monkeypatch, tmp_path, capsys):
     (case,) = gpu_forms.norms(True)
 
     def wrong_gradient(x, scale, bias):

@@ -68,7 +68,7 @@ def refused(source, *words):
         (VARIANCE, -1e-3, np.float32, "variance"),
     ],
 )
-def test_every_way_to_load_refuses_numbers_that_cannot_be(tmp_path, capsys, model, weights, key, value, dtype, word):
+def test_every_way_to_load_refuses_invalid_numbers(tmp_path, capsys, model, weights, key, value, dtype, word):
     weights[key] = weights[key].astype(dtype)
     weights[key].flat[-1] = value
     path = tmp_path / "w.safetensors"
@@ -84,7 +84,7 @@ def test_every_way_to_load_refuses_numbers_that_cannot_be(tmp_path, capsys, mode
     assert inspect.main([str(path)]) == 2 and key in capsys.readouterr().err
 
 
-def test_an_orbax_folder_refuses_them_too(tmp_path, capsys, model):
+def test_invalid_numbers_in_an_orbax_folder_are_refused(tmp_path, capsys, model):
     arrays = {path: np.array(variable[...]) for path, variable in named_variables(model).items()}
     about = {"model": {"name": "segformer_b0", "num_classes": 5, "param_dtype": "float32"}}
     about["model"]["overrides"] = {key: list(v) if isinstance(v, tuple) else v for key, v in model.spec.overrides}
@@ -101,7 +101,7 @@ def test_an_orbax_folder_refuses_them_too(tmp_path, capsys, model):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, jnp.bfloat16])
-def test_one_number_that_is_not_finite_is_found_anywhere(seed, dtype):
+def test_a_single_non_finite_number_is_found_anywhere(seed, dtype):
     rng = np.random.default_rng(seed)
     # So large that sums overflow in float32 and float16.
     array = (rng.standard_normal((7, 311)) * (1e30 if np.dtype(dtype).itemsize > 2 else 1)).astype(dtype)
@@ -115,7 +115,7 @@ def test_one_number_that_is_not_finite_is_found_anywhere(seed, dtype):
                 refuse_unsound({"w": view}, dtypes, set())
 
 
-def test_arrays_that_are_not_used_may_be_anything(model, weights):
+def test_unused_arrays_may_contain_anything(model, weights):
     load_torch(model, weights | {"loss.weight": np.full(3, np.nan, np.float32)}, drop=["loss.*"])
 
 
@@ -123,7 +123,7 @@ def test_arrays_that_are_not_used_may_be_anything(model, weights):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_one_bit_of_a_pth_is_noticed(tmp_path, weights, seed):
+def test_a_flipped_bit_in_a_pth_is_detected(tmp_path, weights, seed):
     path = tmp_path / "w.pth"
     torch.save(tensors(weights), path)
     with zipfile.ZipFile(path) as archive:
@@ -136,7 +136,7 @@ def test_one_bit_of_a_pth_is_noticed(tmp_path, weights, seed):
     refused(path, name, "checksum")
 
 
-def test_a_pth_whose_inner_name_is_no_text_is_damaged(tmp_path, weights):
+def test_a_pth_with_an_undecodable_member_name_is_damaged(tmp_path, weights):
     path = tmp_path / "w.pth"
     torch.save(tensors(weights), path)
     with zipfile.ZipFile(path) as archive:
@@ -150,7 +150,7 @@ def test_a_pth_whose_inner_name_is_no_text_is_damaged(tmp_path, weights):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_pth_that_was_packed_again_is_read_and_checked(tmp_path, weights, compression):
+def test_a_repacked_pth_is_read_and_checked(tmp_path, weights, compression):
     torch.save(tensors(weights), tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as old, zipfile.ZipFile(tmp_path / "v.pth", "w", compression) as new:
         for name in old.namelist():
@@ -159,7 +159,7 @@ def test_a_pth_that_was_packed_again_is_read_and_checked(tmp_path, weights, comp
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_one_bit_of_a_safetensors_of_segjax_is_noticed(tmp_path, model, seed):
+def test_a_flipped_bit_in_a_safetensors_file_of_segjax_is_detected(tmp_path, model, seed):
     path = tmp_path / "w.safetensors"
     save(model, path)
     assert "xxh3_128_tensors" not in read_checkpoint(path).metadata
@@ -181,7 +181,7 @@ def test_the_hash_depends_on_names_shapes_types_and_bits(weights):
 # --------------------------------------------------------------------------------------------- one name, two tensors
 
 
-def test_two_tensors_of_one_name_are_refused_wherever_they_are(tmp_path, weights):
+def test_two_tensors_with_the_same_name_are_refused_everywhere(tmp_path, weights):
     first, second = (f"backbone.block{number}.0.norm1.weight" for number in (1, 2))
     torch.save(collections.OrderedDict(tensors(weights)), tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as old:
@@ -205,7 +205,7 @@ def test_two_tensors_of_one_name_are_refused_wherever_they_are(tmp_path, weights
     refused(joined(tmp_path / "header.safetensors", twice, data), NORM)
 
 
-def test_a_tensor_in_two_parts_of_a_folder_is_refused(tmp_path, weights):
+def test_a_tensor_in_two_shards_of_a_folder_is_refused(tmp_path, weights):
     files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     keys = sorted(weights)
     for file, some in zip(files, (keys[:60], keys[59:]), strict=True):
@@ -232,13 +232,13 @@ def joined(path, header, data):
 
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3), (10**6, 10**6)])
-def test_a_tensor_of_more_numbers_than_are_stored_is_refused(tmp_path, weights, is_zip, shape):
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path, weights, is_zip, shape):
     stretched = {"state_dict": tensors(weights) | {NORM: torch.zeros(1).expand(shape)}}
     torch.save(stretched, tmp_path / "w.pth", _use_new_zipfile_serialization=is_zip)
     refused(tmp_path / "w.pth", NORM, str(shape))
 
 
-def test_a_storage_that_was_cut_short_is_refused_by_the_name_of_its_tensor(tmp_path, weights):
+def test_a_truncated_storage_is_refused_with_the_name_of_its_tensor(tmp_path, weights):
     torch.save({NORM: tensors(weights)[NORM]}, tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as old, zipfile.ZipFile(tmp_path / "v.pth", "w") as new:
         for name in old.namelist():
@@ -256,7 +256,7 @@ def test_a_storage_that_was_cut_short_is_refused_by_the_name_of_its_tensor(tmp_p
         ({"dtype": 3}, "dtype"),
     ],
 )
-def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path, weights, change, word):
+def test_a_header_that_claims_missing_data_is_refused(tmp_path, weights, change, word):
     save_file(weights, tmp_path / "w.safetensors")
     header, data = parts(tmp_path / "w.safetensors")
     header[NORM] |= change
@@ -270,7 +270,7 @@ def test_a_zip_larger_than_memory_is_refused_before_it_is_read(tmp_path):
     refused(tmp_path / "w.pth", "unpack")
 
 
-def test_nothing_in_a_pickle_is_run_and_damage_passes_to_torch(tmp_path):
+def test_pickles_are_never_executed_and_damaged_ones_are_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
@@ -287,7 +287,7 @@ def test_nothing_in_a_pickle_is_run_and_damage_passes_to_torch(tmp_path):
 # --------------------------------------------------------------------------------------------- files that are none
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path, model):
+def test_fifos_sockets_and_devices_are_refused_at_once(tmp_path, model):
     os.mkfifo(tmp_path / "fifo.pth")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
@@ -303,7 +303,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, model):
         refused(folder, name, "a FIFO")
 
 
-def test_in_an_orbax_folder_too(tmp_path, model):
+def test_fifos_in_an_orbax_folder_are_refused_at_once(tmp_path, model):
     save(model, tmp_path / "whole")
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
     assert len(files) > 6
@@ -318,7 +318,7 @@ def test_in_an_orbax_folder_too(tmp_path, model):
             refused(folder, file.name, "nested")
 
 
-def test_json_that_is_nested_too_deeply_is_refused_by_the_name_of_its_file(tmp_path, weights):
+def test_json_that_is_nested_too_deeply_is_refused_with_its_file_name(tmp_path, weights):
     save_file(weights, tmp_path / "w.safetensors")
     header, data = parts(tmp_path / "w.safetensors")
     refused(joined(tmp_path / "a.safetensors", '{"a": ' + DEEP, b""), "nested")
@@ -332,7 +332,7 @@ def test_json_that_is_nested_too_deeply_is_refused_by_the_name_of_its_file(tmp_p
         refused(folder, name, "nested")
 
 
-def test_an_orbax_folder_that_claims_terabytes_is_refused_unread(tmp_path):
+def test_an_orbax_folder_that_claims_terabytes_is_refused_before_reading(tmp_path):
     class Claimed:
         shape, dtype = (10**6, 10**6), np.dtype(np.float32)
 

@@ -28,7 +28,7 @@ def block_with(word, language="python"):
 @pytest.mark.slow
 @installed("litert_torch")
 @pytest.mark.filterwarnings("default")
-def test_litert_gives_the_logits_of_the_program(tmp_path, monkeypatch):
+def test_litert_gives_the_logits_of_the_pt2_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export_model(tiny_model(1), "b0.pt2", size=SMALL)
     exec(block_with("litert_torch"), {})
@@ -42,7 +42,7 @@ def test_litert_gives_the_logits_of_the_program(tmp_path, monkeypatch):
 @installed("coremltools")
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", ["segformer", "hrnet", "segnext"])
-def test_core_ml_takes_the_program_as_it_is(family, tmp_path, monkeypatch):
+def test_core_ml_converts_the_pt2_file(family, tmp_path, monkeypatch):
     import coremltools
 
     monkeypatch.chdir(tmp_path)
@@ -56,7 +56,7 @@ def test_core_ml_takes_the_program_as_it_is(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_configuration_of_triton_is_that_of_the_file(tmp_path):
+def test_the_configuration_of_triton_matches_the_onnx_file(tmp_path):
     export_model(tiny_model(1), tmp_path / "b0.onnx", size=SMALL, dynamic=True, preprocessing=True, argmax=True)
     session = runtimes.import_onnxruntime().InferenceSession(tmp_path / "b0.onnx", providers=["CPUExecutionProvider"])
     lines = block_with("max_batch_size", "text").splitlines()

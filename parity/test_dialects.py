@@ -97,7 +97,7 @@ def differing(one, other):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=["float32", "float16", "bfloat16"])
 @TRIP
-def test_round_trip_through_every_form_is_bitwise(label, form, dtype):
+def test_the_round_trip_through_every_key_format_is_bitwise(label, form, dtype):
     model = model_of(label, dtype)
     before = segjax.to_torch(model)
     there = segjax.to_torch(model, dialect=form.dialect)
@@ -176,7 +176,7 @@ def test_the_official_hrnet_loads_from_inside_its_loss_wrapper(caplog):
         assert f"not used from the checkpoint (1): {prefix}loss.criterion.weight" in caplog.messages
 
 
-def test_counters_may_be_absent():
+def test_batch_counters_may_be_missing():
     for label in ("segformer", "ocr"):
         weights = {key: value for key, value in original(label).items() if "num_batches" not in key}
         model = empty(model_of(label))
@@ -235,7 +235,7 @@ TAKEN_FOR = {
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_every_variant_is_recognised_in_every_form(name, ask, caplog):
+def test_every_variant_is_recognised_in_every_key_format(name, ask, caplog):
     family = family_of(name)
     for form in KEY_FORMATS:
         if form.family != family:
@@ -289,7 +289,7 @@ HEADS, HALVES = "num_heads=(1, 2, 5, 8)", ("block_norm_eps=1e-06", "patch_norm_e
         ("segnext_b", "cvpytorch", ("ham_rank=64",)),
     ],
 )
-def test_what_a_checkpoint_cannot_tell_is_assumed_and_printed(name, dialect, assumptions, ask, caplog):
+def test_settings_that_a_checkpoint_lacks_are_assumed_and_printed(name, dialect, assumptions, ask, caplog):
     (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(name)))
     weights = renamed(blank(name), form)
     found, _, overrides = ask(weights, num_classes=150)
@@ -332,7 +332,7 @@ def test_official_hrnets_of_ade20k_and_coco_stuff_have_aligned_corners(
 
 @pytest.mark.parametrize("num_classes", [NUM_CLASSES, 1])
 @pytest.mark.parametrize(("label", "form"), WHOLE, ids=[f"{label}-{form.dialect}" for label, form in WHOLE])
-def test_sizes_that_no_variant_has_are_read_off_the_shapes(label, form, num_classes, ask):
+def test_sizes_of_no_variant_are_inferred_from_the_shapes(label, form, num_classes, ask):
     subject = SUBJECTS[label]
     found, classes, overrides = ask(renamed(original(label, num_classes), form))
     assert (family_of(found), classes) == (form.family, num_classes)
@@ -349,7 +349,7 @@ def test_sizes_that_no_variant_has_are_read_off_the_shapes(label, form, num_clas
         ("segformer_mmseg_b1", dict(dims=(13, 26, 65, 104), hidden=52, sr_ratios=(5, 1, 1, 1))),
     ],
 )
-def test_any_width_and_reduction_is_read_back(name, sizes):
+def test_any_width_and_reduction_is_inferred(name, sizes):
     hidden = sizes.pop("hidden") if "hidden" in sizes else 8
     sizes |= dict(mlp_ratios=tuple(hidden / dim for dim in sizes["dims"]), depths=(1, 1, 2, 1), decoder_dim=8)
     reference = verify.REFERENCES[family_of(name)](num_classes=3, **models.settings(name) | sizes)
@@ -359,7 +359,7 @@ def test_any_width_and_reduction_is_read_back(name, sizes):
 
 
 @pytest.mark.parametrize("file", golden.MODELS)
-def test_files_of_the_original_code_are_recognised_by_their_own_names(file, caplog):
+def test_files_of_the_original_code_are_recognised(file, caplog):
     caplog.set_level(logging.INFO, "segjax")
     name, sizes = golden.MODELS[file]
     weights = golden.weights(file, native=False)
@@ -399,7 +399,7 @@ def torch_output(network, x):
     return verify.to_nhwc(output if isinstance(output, torch.Tensor) else output.logits)
 
 
-def test_mmsegs_own_module_takes_what_we_write_and_gives_our_output(within):
+def test_mmsegs_module_loads_our_weights_and_gives_our_output(within):
     model, sizes = model_of("mmseg"), SUBJECTS["mmseg"].sizes
     network = MMSegStyleSegFormer(num_classes=NUM_CLASSES, **sizes).eval()
     network.load_state_dict(tensors(segjax.to_torch(model, dialect="mmseg")), strict=True)
@@ -411,7 +411,7 @@ def test_mmsegs_own_module_takes_what_we_write_and_gives_our_output(within):
     assert differing(segjax.to_torch(again), segjax.to_torch(model)) == []
 
 
-def test_the_simple_package_takes_what_we_write_and_gives_our_output(within):
+def test_the_simple_package_loads_our_weights_and_gives_our_output(within):
     from segformer_pytorch import Segformer
 
     model, sizes = model_of("simple"), SUBJECTS["simple"].sizes
@@ -453,7 +453,7 @@ def saved_by_transformers(network, folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_both_transformers_namings_give_the_same_model_and_its_output(transformers_narrow, tmp_path, within):
+def test_both_key_maps_of_transformers_give_the_same_model_and_output(transformers_narrow, tmp_path, within):
     x = compare.images(2, (65, 97), seed=0, dtype="float32")
     on_disk = saved_by_transformers(transformers_narrow, tmp_path)
     in_memory = transformers_narrow.state_dict()
@@ -465,7 +465,7 @@ def test_both_transformers_namings_give_the_same_model_and_its_output(transforme
     within("output", "float32", error, "hf, narrow")
 
 
-def test_our_transformers_folder_is_what_transformers_writes_and_loads(transformers_narrow, tmp_path, within):
+def test_our_weights_for_transformers_equal_its_own_and_load_there(transformers_narrow, tmp_path, within):
     on_disk = saved_by_transformers(transformers_narrow, tmp_path)
     model = segjax.from_torch(on_disk)
     written = segjax.to_torch(model, dialect="hf")
@@ -593,7 +593,7 @@ def encoder_of(weights, label):
 
 
 @pytest.mark.parametrize(("label", "dialect", "name", "extras"), ALONE, ids=[case[0] for case in ALONE])
-def test_an_encoder_becomes_a_model_once_num_classes_is_given(label, dialect, name, extras, caplog):
+def test_an_encoder_becomes_a_model_if_num_classes_is_given(label, dialect, name, extras, caplog):
     caplog.set_level(logging.INFO, "segjax")
     subject, weights = SUBJECTS[label], alone(label, dialect, extras)
     with pytest.raises(CheckpointError, match="give the number of classes"):
@@ -611,7 +611,7 @@ def test_an_encoder_becomes_a_model_once_num_classes_is_given(label, dialect, na
 
 
 @pytest.mark.slow
-def test_what_an_encoder_alone_lacks_is_initialised_as_create_does_it():
+def test_the_decoder_of_an_encoder_is_initialised_as_create_does():
     model = segjax.from_torch(alone("segformer", "backbone", {}), num_classes=9, decoder_dim=24)
     created = segjax.create("segformer_b0", num_classes=9, **SUBJECTS["segformer"].sizes)
     ours, theirs = segjax.to_torch(model), segjax.to_torch(created)
@@ -620,7 +620,7 @@ def test_what_an_encoder_alone_lacks_is_initialised_as_create_does_it():
 
 
 @pytest.mark.parametrize("published", ["mmseg", "hf", "hf, in memory"])
-def test_encoders_in_other_names_are_encoders_alone_too(published, ask):
+def test_encoders_in_other_key_formats_are_recognised_as_encoders(published, ask):
     if published == "mmseg":
         sizes = SUBJECTS["mmseg"].sizes
         state_dict = MMSegStyleSegFormer(num_classes=2, **sizes).backbone.state_dict()
@@ -640,7 +640,7 @@ def test_encoders_in_other_names_are_encoders_alone_too(published, ask):
     assert ask(state_dict, num_classes=4, name="segformer_b0")[0] == "segformer_b0"
 
 
-def test_a_transformers_classifier_gives_its_encoder():
+def test_an_image_classifier_of_transformers_gives_its_encoder():
     import transformers
 
     config = transformers.SegformerConfig(hidden_sizes=[8, 16, 20, 32], depths=[2, 1, 1, 1], num_labels=11)
@@ -651,7 +651,7 @@ def test_a_transformers_classifier_gives_its_encoder():
 
 
 @pytest.mark.parametrize(("label", "dialect", "name", "extras"), ALONE, ids=[case[0] for case in ALONE])
-def test_load_torch_takes_an_encoder_alone_when_told_what_to_drop_and_keep(label, dialect, name, extras, caplog):
+def test_load_torch_takes_an_encoder_if_given_what_to_drop_and_keep(label, dialect, name, extras, caplog):
     caplog.set_level(logging.INFO, "segjax")
     weights, model = alone(label, dialect, extras), empty(model_of(label))
     head = FAMILIES[family_of(SUBJECTS[label].name)].head
@@ -672,7 +672,7 @@ def test_load_torch_takes_an_encoder_alone_when_told_what_to_drop_and_keep(label
     assert all(key in said for key in extras) and "left as initialised" in said
 
 
-def test_a_lone_pattern_is_one_pattern_and_foreign_names_can_be_kept():
+def test_a_string_is_one_pattern_and_may_name_foreign_keys_to_keep():
     form = next(form for form in KEY_FORMATS if form.dialect == "hf")
     weights, model = renamed(original("segformer"), form), empty(model_of("segformer"))
     del weights["decode_head.classifier.weight"]
@@ -695,7 +695,7 @@ def test_an_unused_classifier_of_the_original_is_dropped_and_named(caplog):
 
 
 @pytest.mark.parametrize("label", ["mmseg", "hrnet", "ocr", "segnext"])
-def test_mmsegs_data_preprocessor_is_dropped_by_itself(label):
+def test_mmsegs_data_preprocessor_is_dropped_automatically(label):
     form = next(form for label_, form in TRIPS if (label_, form.dialect) == (label, "mmseg"))
     weights, model = renamed(original(label), form), empty(model_of(label))
     extra = {"data_preprocessor.mean": np.ones((3, 1, 1), np.float32)}
@@ -731,7 +731,7 @@ def refused(weights, **settings):
 
 
 @pytest.mark.parametrize(("label", "form"), WHOLE, ids=[f"{label}-{form.dialect}" for label, form in WHOLE])
-def test_one_wrong_key_is_named_as_the_file_names_it(label, form, quick):
+def test_a_wrong_key_is_reported_under_its_name_in_the_file(label, form, quick):
     weights = renamed(original(label), form)
     keys = [key for key in weights if not key.endswith("num_batches_tracked")]
     # Some of them tell sizes, most do not.
@@ -777,7 +777,7 @@ DEEPLAB |= {"classifier.0.convs.0.0.weight": (256, 2048, 1, 1), "classifier.4.we
     ],
     ids=["resnet", "convnext", "unet", "unet of smp", "deeplab"],
 )
-def test_another_network_is_refused_by_naming_the_nearest_and_what_differs(shapes, nearest, lacking):
+def test_refusing_another_network_names_the_nearest_and_differences(shapes, nearest, lacking):
     message = refused(zeros(**shapes))
     assert f"The nearest family is {nearest}" in message and lacking in message
     assert re.search(rf"\d of {len(shapes)} keys have a place there", message)
@@ -825,13 +825,13 @@ def without(weights, pattern):
         (lambda: {"a.b": torch.ones(2, device="meta")}, "a.b: a Tensor"),
     ],
 )
-def test_whatever_is_no_checkpoint_gets_one_clear_error(weights, part):
+def test_anything_but_a_checkpoint_gets_one_clear_error(weights, part):
     message = refused(weights())
     assert part in message
     assert len(message.splitlines()[0]) > 20
 
 
-def test_classes_below_one_are_refused_for_an_encoder_alone():
+def test_fewer_than_one_class_is_refused_for_an_encoder():
     weights = alone("segformer", "backbone", {})
     assert "num_classes must be at least 1" in refused(weights, num_classes=0)
 
@@ -855,14 +855,14 @@ def test_one_error_lists_everything_and_nothing_is_loaded():
 
 
 @pytest.mark.parametrize(("label", "form"), WHOLE, ids=[f"{label}-{form.dialect}" for label, form in WHOLE])
-def test_load_torch_names_keys_as_the_checkpoint_does(label, form):
+def test_load_torch_reports_keys_under_the_checkpoints_names(label, form):
     weights, model = renamed(original(label), form), model_of(label)
     key = [key for key in weights if key.endswith("weight")][-3]
     with pytest.raises(CheckpointError, match=re.escape(f"{key}: checkpoint (5, 5)")):
         segjax.load_torch(model, weights | {key: np.zeros((5, 5), np.float32)}, dialect=form.dialect)
 
 
-def test_a_name_insisted_on_must_fit():
+def test_an_explicit_name_must_fit():
     weights = blank("segformer_b0", 3)
     message = refused(weights, name="segformer_b2")
     assert "not segformer_b2: dims is (32, 64, 160, 256)" in message and "nearest model is segformer_b0" in message
@@ -876,7 +876,7 @@ def test_a_name_insisted_on_must_fit():
     )
 
 
-def test_a_dialect_insisted_on_must_have_a_form_and_fit():
+def test_an_explicit_dialect_must_exist_for_the_family_and_fit():
     weights = original("segformer")
     with pytest.raises(KeyError, match="no dialect 'keras'; the dialects are auto, native, hf"):
         segjax.from_torch(weights, dialect="keras")
@@ -889,7 +889,7 @@ def test_a_dialect_insisted_on_must_have_a_form_and_fit():
 
 
 @pytest.mark.parametrize("label", [label for label in SUBJECTS if label != "hrnet, corners"])
-def test_an_impossible_dialect_lists_those_that_can_express_a_model(label):
+def test_an_impossible_dialect_is_refused_with_the_possible_ones(label):
     model = model_of(label)
     family = family_of(model.spec.name)
     able = {form.dialect for form in KEY_FORMATS if form.family == family}
@@ -903,7 +903,7 @@ def test_an_impossible_dialect_lists_those_that_can_express_a_model(label):
         segjax.to_torch(model, dialect="keras")
 
 
-def test_settings_that_a_checkpoint_cannot_tell_can_be_given():
+def test_settings_that_a_checkpoint_lacks_can_be_given():
     form = next(form for form in KEY_FORMATS if form.dialect == "hf")
     weights = renamed(original("segformer"), form)
     model = segjax.from_torch(weights, block_norm_eps=1e-6, num_heads=(1, 1, 1, 1))

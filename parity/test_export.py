@@ -58,7 +58,7 @@ def logits_of(model, images):
 # The exporters take half a minute.
 @pytest.mark.slow
 @pytest.mark.parametrize("label", SUBJECTS)
-def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, within, quick_to_compile):
+def test_files_with_dynamic_sizes_equal_our_model_at_other_sizes(label, tmp_path, within, quick_to_compile):
     model = tiny(label)
     programs = {}
     for format, (write, opened) in (FORMATS | OPENVINO).items():
@@ -87,7 +87,7 @@ def test_openvino_gives_the_logits_of_our_model(label, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, capsys, monkeypatch):
+def test_a_file_runs_without_segjax_as_documented(format, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     orbax_folder.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), metadata={})
     name = f"b0{SUFFIXES[format]}"
@@ -109,7 +109,7 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, capsys,
     ("label", "num_classes", "align_corners"),
     [pytest.param("hrnet", 1, False, marks=pytest.mark.slow), ("hrnet, corners", 5, True)],
 )
-def test_labels_are_those_of_logits_upsampled_as_the_model_says(format, label, num_classes, align_corners, tmp_path):
+def test_logits_are_upsampled_with_the_models_align_corners(format, label, num_classes, align_corners, tmp_path):
     model, path = tiny(label, num_classes), tmp_path / f"a{SUFFIXES[format]}"
     write, opened = FORMATS[format]
     write(path, model, ExportFormat(format, (72, 100), preprocessing=True, argmax=True), {})
@@ -131,7 +131,7 @@ def test_labels_are_those_of_logits_upsampled_as_the_model_says(format, label, n
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("channels", "dtype"), [(2, "uint16"), pytest.param(5, "float32", marks=pytest.mark.slow)])
-def test_files_take_images_of_other_channels_in_their_own_numbers(format, channels, dtype, tmp_path):
+def test_files_take_images_with_other_channels_and_dtypes(format, channels, dtype, tmp_path):
     model = tiny("segformer", in_channels=channels)
     mean, std = [700.0 + 9 * number for number in range(channels)], [40.0 + number for number in range(channels)]
     about = {"normalisation": {"mean": mean, "std": std}, "image_dtype": dtype}
@@ -150,7 +150,7 @@ def test_files_take_images_of_other_channels_in_their_own_numbers(format, channe
     [pytest.param("torch", "bfloat16", marks=pytest.mark.slow), ("torch", "float16"), ("onnx", "bfloat16")],
 )
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
-def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, capsys):
+def test_weights_are_stored_in_16_bits_and_computed_with_in_float32(label, format, dtype, tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
     path = tmp_path / f"a{SUFFIXES[format]}"
     assert run(tmp_path / "a", path, "--format", format, "--size", 64, 96, "--dtype", dtype) == 0
@@ -170,7 +170,7 @@ def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format,
 
 @pytest.mark.parametrize("name", ["a.onnx", pytest.param("a.xml", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
-def test_a_file_in_float16_is_half_as_large_and_takes_float32(label, name, tmp_path, capsys):
+def test_a_float16_file_is_half_as_large_and_takes_float32(label, name, tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
     assert run(tmp_path / "a", tmp_path / name, "--size", 64, 96, "--dtype", "float16") == 0
     (error,) = re.findall(r"worst relative error of logits (\S+): equal", capsys.readouterr().out)
@@ -207,7 +207,7 @@ IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 1
         *(pytest.param(label, 17, True, marks=pytest.mark.slow) for label in SUBJECTS),
     ],
 )
-def test_an_onnx_file_has_the_opset_that_was_asked_for(label, opset, is_dynamic, tmp_path, capsys):
+def test_an_onnx_file_has_the_requested_opset(label, opset, is_dynamic, tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
     options = ["--format", "onnx", "--size", 64, 96, "--opset", opset, *["--dynamic"] * is_dynamic]
     assert run(tmp_path / "a", tmp_path / "a.onnx", *options) == 0
@@ -217,7 +217,7 @@ def test_an_onnx_file_has_the_opset_that_was_asked_for(label, opset, is_dynamic,
     onnx.checker.check_model(proto, full_check=True)
 
 
-def test_an_opset_that_cannot_be_is_refused_with_those_that_can(tmp_path, capsys):
+def test_an_unsupported_opset_is_refused_with_the_supported_ones(tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     for opset in (16, 99, "x"):
         with pytest.raises(SystemExit):
@@ -229,7 +229,7 @@ def test_an_opset_that_cannot_be_is_refused_with_those_that_can(tmp_path, capsys
         export_model(tmp_path / "a", tmp_path / "a.pt2", size=(64, 96), opset=17)
 
 
-def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
+def test_an_onnx_file_contains_class_names_and_colours(tmp_path):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer", num_classes=19), metadata={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 0
     session = runtimes.import_onnxruntime().InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
@@ -243,14 +243,14 @@ def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
 
 
 @pytest.mark.slow
-def test_sides_left_open_have_names_in_onnx(tmp_path):
+def test_dynamic_axes_have_names_in_onnx(tmp_path):
     onnx_export.write_onnx(tmp_path / "a.onnx", tiny("segformer"), ExportFormat("onnx", (64, 96), dynamic=True), {})
     session = runtimes.import_onnxruntime().InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
 
 
 @pytest.mark.slow
-def test_a_program_of_torch_has_only_operations_of_inference(tmp_path):
+def test_a_torch_program_has_only_inference_operations(tmp_path):
     # Core ML's converter takes no others.
     export_model(tiny("segnext"), tmp_path / "a.pt2", size=(64, 96))
     program = torch.export.load(tmp_path / "a.pt2")
@@ -260,7 +260,7 @@ def test_a_program_of_torch_has_only_operations_of_inference(tmp_path):
     assert "aten._native_batch_norm_legit_no_training.default" in operations
 
 
-def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path):
+def test_a_torch_program_refuses_sizes_that_its_model_does_not_take(tmp_path):
     torch_program.write_torch(tmp_path / "a.pt2", tiny("simple"), ExportFormat("torch", (64, 96), dynamic=True), {})
     program = torch.export.load(tmp_path / "a.pt2").module()
     with pytest.raises(Exception, match="32"):
@@ -286,7 +286,7 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("format", FORMATS | OPENVINO)
-def test_an_export_has_the_same_bytes_and_no_folders_of_this_machine(format, tmp_path):
+def test_an_export_is_reproducible_and_contains_no_local_paths(format, tmp_path):
     write, files = (FORMATS | OPENVINO)[format][0], []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -133,7 +133,7 @@ PACKAGES = {"a.onnx": "onnxruntime", "a.xml": "openvino", "a.pt2": "torch", "a.t
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_files_of_others_give_the_labels_of_their_scores(name, seed, tmp_path):
+def test_files_of_other_exporters_give_the_labels_of_their_scores(name, seed, tmp_path):
     model = Pixels(4, seed)
     path = WRITERS[name](tmp_path / name, model)
     with pytest.raises(CheckpointError, match=r"does not say how its images are normalised\. Give --mean and --std"):
@@ -151,7 +151,7 @@ def test_files_of_others_give_the_labels_of_their_scores(name, seed, tmp_path):
         assert segjax.Predictor(open_exported(path, mean=MEAN, std=STD))(image).shape == image.shape[:2]
 
 
-def test_integers_that_stand_for_real_numbers_are_scaled(tmp_path):
+def test_quantised_inputs_and_outputs_are_scaled(tmp_path):
     model, image = Pixels(4, 2), scene(0, 24, 40)
     loaded = open_exported(write_tflite(tmp_path / "a.tflite", model, quantised=True), mean=MEAN, std=STD)
     assert not loaded.model.normalises and loaded.model.output == "logits"
@@ -165,7 +165,7 @@ def test_integers_that_stand_for_real_numbers_are_scaled(tmp_path):
     assert np.abs(scores).max() > 1
 
 
-def test_onnxruntime_reports_nothing_to_its_maker(tmp_path):
+def test_onnxruntimes_telemetry_is_switched_off(tmp_path):
     code = """
         import os, sys
         from segjax.inference.runtimes import open_onnx
@@ -217,7 +217,7 @@ def test_a_damaged_onnx_file_is_named_and_nothing_else_is_printed(seed, tmp_path
     assert "codec can't" not in "".join(refused) and capfd.readouterr().out == ""
 
 
-def test_entries_of_others_in_an_onnx_file_are_no_metadata_of_segjax(tmp_path):
+def test_foreign_metadata_in_an_onnx_file_are_ignored(tmp_path):
     path = write_onnx(tmp_path / "a.onnx", Pixels(4), metadata={"classes": "7", "names": "{0: 'a'}"})
     assert open_exported(path, mean=MEAN, std=STD).dataset is None
 
@@ -225,7 +225,7 @@ def test_entries_of_others_in_an_onnx_file_are_no_metadata_of_segjax(tmp_path):
 # The exporter takes half a minute.
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--with-preprocessing", "--with-argmax"]])
-def test_our_files_say_all_themselves_also_through_openvino(options, tmp_path, monkeypatch):
+def test_our_files_need_no_options_even_if_openvino_converts_them(options, tmp_path, monkeypatch):
     monkeypatch.setattr("segjax.exports.export.checked_sizes", lambda form, multiple: [(1, form.size)])
     model = tiny_model(4, num_classes=3)
     segjax.save(model, tmp_path / "a.safetensors")
@@ -251,7 +251,7 @@ def test_our_files_say_all_themselves_also_through_openvino(options, tmp_path, m
         assert np.mean(np.stack(found) == np.stack(expected)) > 0.999, name
 
 
-def test_weights_of_another_openvino_model_are_found_before_it_runs(tmp_path):
+def test_mismatched_openvino_weights_are_detected_before_running(tmp_path):
     about = {"normalisation": {"mean": list(MEAN), "std": list(STD)}, "segjax_version": "0"}
     openvino = import_openvino()
     for name, seed in (("a", 0), ("b", 1)):
@@ -275,7 +275,7 @@ def test_a_broken_file_is_named(tmp_path):
             open_exported(tmp_path / name)
 
 
-def test_openvino_reports_nothing_over_the_network():
+def test_openvinos_telemetry_is_switched_off():
     code = "import os; os.register_at_fork(before=lambda: os._exit(3)); import segjax.inference.runtimes as runtimes; "
     code += "runtimes.import_openvino().convert_model; import time; time.sleep(1); print('quiet')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

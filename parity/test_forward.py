@@ -111,7 +111,7 @@ def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, 
 
 @pytest.mark.parametrize("channels", [1, 4, pytest.param(13, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("subject", FAMILIES.values(), ids=list(FAMILIES))
-def test_models_of_other_channels_equal_the_reference(subject, channels, float64, within):
+def test_models_with_other_channels_equal_the_reference(subject, channels, float64, within):
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=channels, dtype="float64", in_channels=channels, **subject.sizes
     )
@@ -165,7 +165,7 @@ def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what
 
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @FAMILY
-def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, dtype, float64, within):
+def test_the_cheaper_order_of_products_gives_the_published_output(subject, dtype, float64, within):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=4, dtype=dtype, **subject.sizes)
     batch, size = subject.inputs[2]
     x, bases = compare.images(batch, size, seed=3, dtype=dtype), verify.bases_for(model, batch)
@@ -242,7 +242,7 @@ def test_the_published_simple_packages_state_dict_gives_its_output(size, float64
 
 
 @each(FAMILIES, ("segformer", "segnext"))
-def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject, quick_to_compile):
+def test_bfloat16_stays_near_float32_and_its_logits_are_float32(subject, quick_to_compile):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
     half = segjax.from_torch(segjax.to_torch(model), name=subject.name, dtype=jnp.bfloat16, **subject.sizes)
     x = compare.images(*subject.inputs[0], seed=1, dtype="float32")
@@ -270,5 +270,5 @@ def test_variants_have_the_sizes_of_the_reference(pattern):
         assert {key: ours[key] for key in sizes} == sizes, variant
 
 
-def test_a_tolerance_table_has_no_bound_that_cannot_fail():
+def test_no_bound_of_the_tolerances_is_too_wide_to_fail():
     assert all(0 < limit < 0.1 for limit in tolerances.BOUNDS.values())

@@ -71,7 +71,7 @@ def test_a_model_trains_the_same_with_the_implementations_for_gpus(name, dtype):
 
 
 @pytest.mark.parametrize("heads, width", [(1, 32), (2, 64), (5, 32)])
-def test_cudnn_runs_here_and_its_attention_is_the_plain_one(heads, width):
+def test_cudnn_runs_here_and_its_attention_equals_the_plain_one(heads, width):
     keys = jax.random.split(jax.random.key(0), 4)
     sizes = (1000, 63, 63, 1000)
     given = [jax.random.normal(key, (2, heads, size, width)) for key, size in zip(keys, sizes, strict=True)]
@@ -85,7 +85,7 @@ def test_cudnn_runs_here_and_its_attention_is_the_plain_one(heads, width):
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-def test_labels_of_upsampled_logits(factor):
+def test_labels_are_the_argmax_of_upsampled_logits(factor):
     logits = jax.random.normal(jax.random.key(0), (2, 60, 44, 150))
     size = 60 * factor, 44 * factor
     found = jax.jit(lambda x: cells.labels_of(x, size))(logits)

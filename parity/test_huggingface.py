@@ -53,7 +53,7 @@ def ours_and_theirs(model, folder, seed=0):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_checkpoints_of_other_channels_go_to_transformers_and_back(tmp_path, within, channels):
+def test_checkpoints_with_other_channels_convert_to_transformers_and_back(tmp_path, within, channels):
     torch.manual_seed(channels)
     sizes = dict(hidden_sizes=[8, 16, 20, 32], depths=[2, 1, 1, 1], num_attention_heads=[1, 2, 5, 8])
     config = transformers.SegformerConfig(num_channels=channels, num_labels=3, decoder_hidden_size=24, **sizes)
@@ -72,7 +72,7 @@ def test_checkpoints_of_other_channels_go_to_transformers_and_back(tmp_path, wit
 
 
 @pytest.mark.parametrize(("eps", "heads"), [(1e-5, (1, 2, 4, 8)), (1e-6, None)])
-def test_transformers_loads_the_folder_and_computes_what_was_said(tmp_path, within, capsys, eps, heads):
+def test_transformers_loads_the_folder_and_differs_as_printed(tmp_path, within, capsys, eps, heads):
     settings = dict(block_norm_eps=eps, patch_norm_eps=1e-5) | ({"num_heads": heads} if heads else {})
     model = model_of(1, **settings)
     assert convert.main([str(save(tmp_path / "a", model)), str(tmp_path / "b"), "--to", "hf"]) == 0
@@ -90,7 +90,7 @@ def test_transformers_loads_the_folder_and_computes_what_was_said(tmp_path, with
     assert network.config.semantic_loss_ignore_index == 200
 
 
-def test_its_processor_makes_of_an_image_what_ours_makes(tmp_path):
+def test_its_processor_normalises_an_image_as_segjax_does(tmp_path):
     convert.main([str(save(tmp_path / "a", model_of(1))), str(tmp_path / "b"), "--to", "hf"])
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "b")
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
@@ -101,7 +101,7 @@ def test_its_processor_makes_of_an_image_what_ours_makes(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_folder_that_transformers_writes_is_read_as_it_computes(tmp_path, within, shards):
+def test_a_folder_of_transformers_gives_its_output(tmp_path, within, shards):
     sizes = dict(SIZES)
     config = transformers.SegformerConfig(
         hidden_sizes=list(sizes["dims"]),
@@ -122,7 +122,7 @@ def test_a_folder_that_transformers_writes_is_read_as_it_computes(tmp_path, with
 
 
 @pytest.mark.parametrize("label", ["plain, conv_bn", "mmseg", "simple", "hrnet", "segnext"])
-def test_a_family_that_transformers_does_not_have_is_refused(label, tmp_path, capsys):
+def test_a_family_that_transformers_lacks_is_refused(label, tmp_path, capsys):
     torch.save({key: torch.from_numpy(value.copy()) for key, value in original(label).items()}, tmp_path / "a.pth")
     assert convert.main([str(tmp_path / "a.pth"), str(tmp_path / "b"), "--to", "hf"]) == 2
     assert "cannot be written as hf" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "b").exists()
@@ -130,7 +130,7 @@ def test_a_family_that_transformers_does_not_have_is_refused(label, tmp_path, ca
     assert "(--to hf) one for transformers" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_file_of_mmsegmentation_brings_its_classes(tmp_path):
+def test_a_file_of_mmsegmentation_is_read_with_its_classes(tmp_path):
     weights = {key: torch.from_numpy(value.copy()) for key, value in original("mmseg").items()}
     count = next(value for key, value in weights.items() if key.endswith("conv_seg.bias")).shape[0]
     names, palette = tuple(f"kind {k}" for k in range(count)), [[k, 2 * k, 3 * k] for k in range(count)]
@@ -139,7 +139,7 @@ def test_a_file_of_mmsegmentation_brings_its_classes(tmp_path):
     assert trained.classes.class_names == names and trained.classes.colors == tuple(map(tuple, palette))
 
 
-def test_the_older_head_of_cvpytorch_is_read_too():
+def test_the_older_head_of_cvpytorch_is_also_read():
     weights = original("segnext")
     renamed = {}
     for key, value in weights.items():

@@ -104,7 +104,7 @@ def test_weights_of_an_int8_onnx_file_are_rounded_channel_by_channel(family, fil
     assert sorted(found) == sorted(expected) and len(found) > 10
 
 
-def test_a_range_is_from_the_smallest_to_the_largest_value(file_of, tmp_path):
+def test_a_range_spans_the_smallest_to_the_largest_value(file_of, tmp_path):
     graph = onnx.load(quantised(file_of("hrnet"), "onnx", tmp_path)[1]).graph
     constants = constants_of(graph)
     (node,) = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images"]
@@ -118,7 +118,7 @@ def test_a_range_is_from_the_smallest_to_the_largest_value(file_of, tmp_path):
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("default")
-def test_labels_of_int8_files_are_nearly_those_of_float32(family, tool, file_of, tmp_path):
+def test_labels_of_int8_files_nearly_equal_those_of_float32(family, tool, file_of, tmp_path):
     source, target = quantised(file_of(family), tool, tmp_path)
     before, after = (runtimes.open_file(path) for path in (source, target))
     assert after.metadata == before.metadata == {"classes": ["a"]}
@@ -133,7 +133,7 @@ def test_labels_of_int8_files_are_nearly_those_of_float32(family, tool, file_of,
 
 
 @pytest.mark.filterwarnings("default")
-def test_openvino_quantises_convolutions_and_products_with_weights_only(file_of, tmp_path):
+def test_openvino_quantises_only_convolutions_and_linear_layers(file_of, tmp_path):
     openvino = runtimes.import_openvino()
     counts = {}
     for family in FAMILIES:
@@ -149,7 +149,7 @@ def test_openvino_quantises_convolutions_and_products_with_weights_only(file_of,
     assert counts["segnext"] == counts["hrnet"] == 0 < counts["segformer"]
 
 
-def test_nncf_reports_nothing_over_the_network(tmp_path):
+def test_nncfs_telemetry_is_switched_off(tmp_path):
     # Telemetry goes through a forked process and a socket.
     kernel = onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "kernel")
     shapes = [
@@ -181,7 +181,7 @@ def test_nncf_reports_nothing_over_the_network(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_int8_onnx_file_with_open_sizes_takes_other_sizes(tmp_path):
+def test_an_int8_onnx_file_with_dynamic_sizes_takes_other_sizes(tmp_path):
     path = tmp_path / "a.onnx"
     onnx_export.write_onnx(path, tiny_model(1), ExportFormat("onnx", SIZE, dynamic=True), {})
     (tmp_path / "int8").mkdir()
@@ -214,7 +214,7 @@ def checkpoint(tmp_path_factory):
     "name",
     ["m.onnx", pytest.param("m.xml", marks=[pytest.mark.slow, pytest.mark.filterwarnings("default")])],
 )
-def test_an_int8_file_is_evaluated_and_predicts_like_any_other(name, checkpoint, tmp_path, capsys, monkeypatch):
+def test_an_int8_file_evaluates_and_predicts_like_any_other(name, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, split = checkpoint
     for number, image in enumerate(split.data.images):
@@ -244,7 +244,7 @@ def test_an_int8_file_is_evaluated_and_predicts_like_any_other(name, checkpoint,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["m.onnx", pytest.param("m.xml", marks=pytest.mark.filterwarnings("default"))])
-def test_a_loss_leaves_the_file_before_as_it_was(name, checkpoint, tmp_path):
+def test_a_refused_loss_of_miou_leaves_the_previous_file(name, checkpoint, tmp_path):
     folder, split = checkpoint
     for file in (name, f"{name}.json"):
         (tmp_path / file).write_text("the one before")
@@ -255,7 +255,7 @@ def test_a_loss_leaves_the_file_before_as_it_was(name, checkpoint, tmp_path):
     assert {path.read_text() for path in tmp_path.iterdir()} == {"the one before"}
 
 
-def test_packages_that_quantise_are_named_with_their_extra(checkpoint, tmp_path, capsys, monkeypatch):
+def test_missing_quantisation_packages_are_named_with_their_extra(checkpoint, tmp_path, capsys, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
     np.save(photos / "a.npy", scenes([0])[0])
@@ -280,13 +280,13 @@ def test_packages_that_quantise_are_named_with_their_extra(checkpoint, tmp_path,
         ("a.onnx", {"calibration": "photos"}, "calibration data are for INT8"),
     ],
 )
-def test_settings_that_no_file_can_have_are_refused(name, options, words, checkpoint, tmp_path):
+def test_impossible_combinations_of_options_are_refused(name, options, words, checkpoint, tmp_path):
     with pytest.raises(segjax.checkpoints.checkpoint.CheckpointError, match=words):
         segjax.export_model(checkpoint[0], tmp_path / name, size=SIZE, **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_next_to_no_openvino_model_are_not_overwritten(checkpoint, tmp_path):
+def test_a_bin_file_without_its_openvino_model_is_not_overwritten(checkpoint, tmp_path):
     (tmp_path / "a.bin").write_text("a checkpoint, perhaps")
     with pytest.raises(ValueError, match=r"a\.bin would be overwritten, and belongs to no a\.xml: choose another name"):
         segjax.export_model(checkpoint[0], tmp_path / "a.xml")
@@ -297,7 +297,7 @@ def test_weights_next_to_no_openvino_model_are_not_overwritten(checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_float16_graph_computes_in_float16_between_float32_ends(family, file_of, tmp_path):
+def test_a_float16_graph_has_float32_inputs_and_outputs(family, file_of, tmp_path):
     proto = onnx.load(file_of(family))
     float16.convert(proto)
     onnx.checker.check_model(proto, full_check=True)
@@ -323,7 +323,7 @@ def test_a_float16_graph_computes_in_float16_between_float32_ends(family, file_o
     assert sizes[0] - sizes[1] > 1.5 * values
 
 
-def test_labels_and_numbers_that_float16_cannot_hold_stay_right(tmp_path):
+def test_labels_and_numbers_beyond_float16_stay_right(tmp_path):
     # 16-bit images reach 65535, and the largest float16 is 65504.
     model = tiny_model(2)
     mean, std = (40_000.0, 41_000.0, 42_000.0), (9_000.0, 8_000.0, 7_000.0)

@@ -112,7 +112,7 @@ def test_binary_cross_entropy_is_torchs_with_the_weight_of_positives(weighted, s
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_loss_with_aligned_corners_is_that_of_torchs_interpolation(weighted, dtype, float64, within, monkeypatch):
+def test_a_loss_with_aligned_corners_interpolates_as_torch_does(weighted, dtype, float64, within, monkeypatch):
     ours, theirs = weights_of(6, dtype) if weighted else (None, None)
     torchs = torch.nn.CrossEntropyLoss(weight=theirs, ignore_index=IGNORE)
     # In tiles of one row, if it were computed in row tiles.
@@ -145,7 +145,7 @@ BANDS = [((5, 7), (4, 4), 1), ((6, 5), (8, 8), 3), ((8, 6), (2, 4), 2), ((6, 4),
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("small, factors, rows", BANDS)
 @pytest.mark.parametrize("classes, weighted", [(2, True), (5, False), (40, True)])
-def test_cross_entropy_in_row_tiles_is_torchs_and_that_of_all_rows_at_once(
+def test_cross_entropy_in_row_tiles_equals_torchs_and_the_plain_one(
     classes, weighted, small, factors, rows, dtype, float64, within, monkeypatch
 ):
     ours, theirs = weights_of(classes, dtype) if weighted else (None, None)
@@ -233,7 +233,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_each_image(classes, threshold,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 6])
-def test_ohem_with_weights_is_torchs_mean_over_what_is_kept(classes, dtype, float64, within):
+def test_ohem_with_weights_is_torchs_mean_over_the_kept_pixels(classes, dtype, float64, within):
     ours, theirs = weights_of(classes, dtype)
 
     def ohem(logits, labels):
@@ -293,7 +293,7 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("classes, group, threshold, min_kept, dtype", GROUPS)
-def test_ohem_of_groups_is_that_of_hrnets_gpus(classes, group, threshold, min_kept, dtype, float64, within):
+def test_ohem_of_groups_is_hrnets_ohem_of_each_gpu(classes, group, threshold, min_kept, dtype, float64, within):
     ours, theirs = weights_of(classes, dtype)
 
     def ohem(logits, labels):
@@ -329,7 +329,7 @@ def test_tversky_is_salehis_with_a_smoothing_of_one(classes, power, dtype, float
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 4])
-def test_rmi_is_zhaos_on_averages_of_cells(classes, dtype, float64, within):
+def test_rmi_is_zhaos_on_average_pooled_maps(classes, dtype, float64, within):
     def regions(x):
         vectors = F.unfold(F.avg_pool2d(x, 4, 4, padding=2), 3).view(len(x), classes, 9, -1).double()
         return vectors - vectors.mean(-1, keepdim=True)

@@ -115,7 +115,7 @@ def test_the_weight_gradient_of_depthwise_in_bfloat16_is_summed_in_float32(shape
 
 
 @pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
-def test_once_changes_no_bit_on_either_way(dtype, float64):
+def test_once_changes_no_bit_forward_or_backward(dtype, float64):
     x = np.concatenate([normal(997, seed=70, dtype="float64"), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-300]])
     x, gradient = x.astype(jnp.dtype(dtype)), x[::-1].astype(jnp.dtype(dtype))
     with choice.meant_for("cpu"):
@@ -124,7 +124,7 @@ def test_once_changes_no_bit_on_either_way(dtype, float64):
             assert found.dtype == given.dtype and np.asarray(found).tobytes() == given.tobytes()
 
 
-def test_once_is_nothing_in_published_implementations_and_on_a_gpu():
+def test_once_does_nothing_on_a_gpu_and_in_published_implementations():
     x = jnp.ones(3)
     with choice.meant_for("cpu"):
         assert layers.once(x) is not x
@@ -136,7 +136,7 @@ def test_once_is_nothing_in_published_implementations_and_on_a_gpu():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", [2, 4, 8])
-def test_convolution_of_disjoint_patches_equals_the_strided_convolution(r, dtype, float64, within):
+def test_convolution_as_a_product_of_patches_equals_the_strided_one(r, dtype, float64, within):
     # Sizes that leave a rest, which both forms must leave out.
     x, kernel = normal(2, 2 * r + 1, 3 * r + r // 2, 5, seed=2, dtype=dtype), normal(r, r, 5, 7, seed=3, dtype=dtype)
 
@@ -184,7 +184,7 @@ def test_gelu_by_slope_equals_the_plain_one_and_torch(dtype, float64, within):
     "old, factors",
     [((5, 7), (2, 2)), ((5, 7), (4, 4)), ((5, 7), (8, 8)), ((5, 7), (3, 1)), ((5, 7), (1, 5)), ((1, 2), (4, 2))],
 )
-def test_resizing_by_whole_factors_equals_the_plain_form_and_torch(old, factors, dtype, fast, float64, within):
+def test_resizing_by_whole_factors_equals_the_plain_one_and_torch(old, factors, dtype, fast, float64, within):
     x = normal(2, *old, 3, seed=7, dtype=dtype)
     size = (old[0] * factors[0], old[1] * factors[1])
     assert_forms_equal(
@@ -214,7 +214,7 @@ def test_resizing_by_any_ratio_equals_torch(old, new, align_corners, float64, wi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(16, 24), (17, 25)])
-def test_the_fused_decoder_equals_the_one_of_the_paper(size, dtype, float64, within):
+def test_the_fused_decoder_equals_the_published_one(size, dtype, float64, within):
     dims = (4, 8, 10, 16)
     head = segformer.SegFormerHead(
         dims=dims,
@@ -333,7 +333,7 @@ def test_attention_equals_torch(dtype, float64, within):
 @pytest.mark.parametrize("dtype", DTYPES)
 # Of 30 queries: parts of equal length, a last part that is shorter, one row at a time, all in one part.
 @pytest.mark.parametrize("rows, batch, heads", [(10, 2, 5), (7, 3, 2), (29, 2, 3), (1, 2, 2), (30, 3, 1)])
-def test_attention_by_rows_equals_the_plain_form_and_torch(rows, batch, heads, dtype, float64, within):
+def test_attention_in_row_tiles_equals_the_plain_one_and_torch(rows, batch, heads, dtype, float64, within):
     arguments = [normal(batch, heads, n, 8, seed=60 + i, dtype=dtype) for i, n in enumerate((30, 12, 12))]
     by_rows = partial(attention.attention_by_rows, rows=rows)
     what = "attention, fast implementation = plain implementation"
@@ -344,7 +344,7 @@ def test_attention_by_rows_equals_the_plain_form_and_torch(rows, batch, heads, d
         within(kind, dtype, verify.relative_error(one, other.detach()), "attention by rows = torch")
 
 
-def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
+def test_attention_uses_row_tiles_where_there_are_many_scores(monkeypatch):
     taken = []
 
     def record(query, key, value, *, rows):
@@ -371,7 +371,7 @@ def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
     assert not taken
 
 
-def test_attention_by_rows_never_holds_all_scores():
+def test_attention_in_row_tiles_never_holds_all_scores():
     arguments = [normal(2, 3, 512, 8, seed=i, dtype="float32") for i in range(3)]
 
     def temporaries(form):

@@ -59,7 +59,7 @@ def run(code, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_of_python_runs_and_gives_what_it_says(block, files, monkeypatch):
+def test_a_python_block_runs_and_prints_the_documented_output(block, files, monkeypatch):
     names = run(BLOCKS[block], files, monkeypatch)
     (height, width), found = SMALL, []
     if "logits" in names:
@@ -88,5 +88,5 @@ def test_a_block_of_python_runs_and_gives_what_it_says(block, files, monkeypatch
     assert found, "a block whose result nobody looks at"
 
 
-def test_every_block_is_found():
+def test_every_python_block_is_found():
     assert len(BLOCKS) >= 9 and {"README.md", "docs/export.md"} <= {name.partition(":")[0] for name in BLOCKS}

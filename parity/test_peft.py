@@ -116,7 +116,7 @@ def test_an_adapter_of_peft_is_merged_as_peft_computes_it(kind, base, tmp_path, 
 
 
 @pytest.mark.parametrize("word", REFUSED)
-def test_what_is_not_merged_is_refused_by_name(word, base, tmp_path):
+def test_adapters_that_cannot_be_merged_are_refused_by_name(word, base, tmp_path):
     # PiSSA and OLoRA begin only in float32.
     trained_by_peft(base, tmp_path / "lora", 0, torch.float32, target_modules=["q_proj"], **REFUSED[word])
     with pytest.raises(CheckpointError, match=rf"{word}.*merge_and_unload"):
@@ -126,7 +126,7 @@ def test_what_is_not_merged_is_refused_by_name(word, base, tmp_path):
 FULL = ("decode_head.linear_pred", "decode_head.linear_fuse.bn", "backbone.norm1")
 
 
-def test_peft_loads_our_adapters_and_computes_what_we_do(tmp_path, float64, within, recwarn):
+def test_peft_loads_our_adapters_and_computes_the_same(tmp_path, float64, within, recwarn):
     import peft
     from safetensors.numpy import load_file
 

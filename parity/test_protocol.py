@@ -120,7 +120,7 @@ def assert_protocols_equal(family, num_classes, names, seed, within):
 
 @pytest.mark.parametrize("name", OF_MANY_SIZES)
 @pytest.mark.parametrize("num_classes, seed", [(NUM_CLASSES, 3), (NUM_CLASSES, 4), (1, 5)])
-def test_images_of_many_sizes_give_the_confusion_of_pytorch(name, num_classes, seed, float64):
+def test_images_of_many_sizes_give_pytorchs_confusion_matrix(name, num_classes, seed, float64):
     model, network = compare.randomised_pair(
         "segformer_b0", num_classes=num_classes, seed=seed, dtype="float64", **SIZES["segformer"]
     )
@@ -141,7 +141,7 @@ def test_images_of_many_sizes_give_the_confusion_of_pytorch(name, num_classes, s
     np.testing.assert_array_equal(found, expected)
 
 
-def test_every_protocol_gives_pytorchs_probabilities_and_confusion(float64, within):
+def test_every_protocol_gives_pytorchs_probabilities_and_confusion_matrix(float64, within):
     assert_protocols_equal("segformer", NUM_CLASSES, PROTOCOLS, 0, within)
 
 
@@ -149,17 +149,17 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("hrnet", "si
 
 
 @pytest.mark.parametrize("family", ["hrnet, corners", *SLOW])
-def test_protocols_suit_every_kind_of_model(family, float64, within):
+def test_protocols_work_with_every_kind_of_model(family, float64, within):
     names = ("whole", "slide at scales, mirrored and on multiples")
     assert_protocols_equal(family, NUM_CLASSES, names, 0, within)
 
 
-def test_a_model_of_one_class_is_averaged_and_cut_at_one_half(float64, within):
+def test_a_model_with_one_class_is_averaged_and_has_a_threshold_of_half(float64, within):
     assert_protocols_equal("segformer", 1, ("slide", "flip"), 2, within)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_inputs_are_resized_to_the_same_pixels(seed):
+def test_inputs_are_resized_to_pytorchs_pixels(seed):
     rng = np.random.default_rng(seed)
     other_shapes = 0
     for _ in range(60):
@@ -176,7 +176,7 @@ def test_inputs_are_resized_to_the_same_pixels(seed):
 
 @pytest.mark.parametrize("base", [(2048, 512), (2048, 640), (512, 2048), (520, 520), (333, 99)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_images_are_resized_to_the_same_pixels_within_a_base_size(base, seed):
+def test_images_are_resized_to_pytorchs_pixels_within_a_base_size(base, seed):
     rng = np.random.default_rng(seed)
     sizes = [(96, 96), (512, 683), (683, 512), (2100, 1500), (600, 2400), (97, 800)]
     sizes += np.exp(rng.uniform(np.log(96), np.log(1500), (6, 2))).astype(int).tolist()
@@ -191,7 +191,7 @@ def test_images_are_resized_to_the_same_pixels_within_a_base_size(base, seed):
         assert ours.input_sizes(tuple(size)) == (found.shape[:2],)
 
 
-def test_a_protocol_has_no_setting_that_is_not_compared():
+def test_every_setting_of_a_protocol_is_compared():
     compared = {name for given in PROTOCOLS.values() for name in given}
     # Thresholds and temperatures are compared with NumPy: tests/inference/test_binary.py, test_certainty.py.
     assert compared | {"threshold", "temperature"} == {field.name for field in dataclasses.fields(Protocol)}

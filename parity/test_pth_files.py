@@ -56,7 +56,7 @@ def tensor_bits(tensor):
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before 1.6"])
 @pytest.mark.parametrize("seed", range(2))
-def test_every_tensor_has_the_bits_that_torch_has_saved(tmp_path, is_zip, seed):
+def test_every_tensor_has_the_bits_that_torch_saved(tmp_path, is_zip, seed):
     generator = torch.Generator().manual_seed(seed)
     made = {str(dtype): (40 * torch.randn(3, 5, generator=generator)).abs().to(dtype) for dtype in DTYPES}
     whole = torch.randn(7, 4, 6, generator=generator)
@@ -117,7 +117,7 @@ def test_views_of_other_storages_in_files_before_torch_1_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_arrays_and_numbers_of_numpy_are_read(tmp_path, protocol):
+def test_arrays_and_scalars_of_numpy_are_read(tmp_path, protocol):
     made = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -137,7 +137,7 @@ def test_arrays_and_numbers_of_numpy_are_read(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_weights_are_read_from_plain_pickles_of_arrays_and_of_tensors(tmp_path, weights, protocol):
+def test_weights_are_read_from_pickles_of_arrays_and_of_tensors(tmp_path, weights, protocol):
     arrays = {key: tensor.numpy() for key, tensor in weights.items()}
     # Two of these share a storage, and one begins within it.
     whole = torch.arange(12.0)
@@ -151,7 +151,7 @@ def test_weights_are_read_from_plain_pickles_of_arrays_and_of_tensors(tmp_path, 
             np.testing.assert_array_equal(content["parts"][key].read().astype(np.float32), tensor.float().numpy())
 
 
-def test_a_storage_inside_a_pickle_that_is_none_is_refused(tmp_path, weights):
+def test_an_invalid_storage_in_a_pickle_is_refused(tmp_path, weights):
     class Evil:
         def __reduce__(self):
             return torch.storage._load_from_bytes, (pickle.dumps({"a": 1}),)
@@ -166,7 +166,7 @@ def test_a_storage_inside_a_pickle_that_is_none_is_refused(tmp_path, weights):
 
 
 @pytest.mark.parametrize("opcode", [b"\x95", b"\x8e", b"\x8d", b"\x96"], ids=["frame", "bytes", "text", "bytearray"])
-def test_a_size_that_a_damaged_pickle_states_takes_no_memory(tmp_path, opcode):
+def test_a_false_size_in_a_damaged_pickle_allocates_no_memory(tmp_path, opcode):
     for size in (2**40, 2**62):
         (tmp_path / "w.pkl").write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", size) + b"abc.")
         tracemalloc.start()
@@ -182,7 +182,7 @@ def test_empty_tensors_of_sharded_training_are_named(tmp_path, weights):
         read_checkpoint(tmp_path / "w.pth")
 
 
-def test_what_numpy_cannot_hold_is_refused_by_name_where_it_is_a_weight(tmp_path, weights):
+def test_weights_that_numpy_cannot_represent_are_refused_by_name(tmp_path, weights):
     with pytest.warns(UserWarning, match="deprecated"):
         quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
     for odd in (torch.zeros(4, 4).to_sparse(), quantized):
@@ -219,7 +219,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("protocol", (2, 3, 4, 5))
 @pytest.mark.parametrize("name", BESIDE)
-def test_weights_are_read_whatever_lies_next_to_them(tmp_path, weights, name, protocol, monkeypatch):
+def test_weights_are_read_regardless_of_other_entries(tmp_path, weights, name, protocol, monkeypatch):
     for outer in ("state_dict", "net", "weights", "params_raw"):
         torch.save({**BESIDE[name], outer: weights}, tmp_path / "w.pth", pickle_protocol=protocol)
         assert_same(read_checkpoint(tmp_path / "w.pth").weights, weights)
@@ -230,7 +230,7 @@ def test_weights_are_read_whatever_lies_next_to_them(tmp_path, weights, name, pr
 
 
 @pytest.mark.parametrize("outer", ["net", "model_state", "weights", "module", "network", "params", "ema_off/x", "G"])
-def test_the_only_mapping_of_names_to_tensors_is_what_is_meant(tmp_path, weights, outer):
+def test_the_only_mapping_of_names_to_tensors_is_read(tmp_path, weights, outer):
     for inner in (weights, {"deeper": weights}, prefixed("module.", weights)):
         torch.save({"epoch": 3, outer: inner, "lr_scheduler": {"last": torch.ones(1)}}, tmp_path / "w.pth")
         assert_same(read_checkpoint(tmp_path / "w.pth").weights, weights)
@@ -258,7 +258,7 @@ def test_a_module_that_was_saved_whole_is_read_as_its_state_dict(tmp_path):
         assert_same(read_checkpoint(tmp_path / name).weights, network.state_dict())
 
 
-def test_a_whole_module_may_hold_itself(tmp_path):
+def test_a_whole_module_that_contains_itself_is_refused(tmp_path):
     module = torch.nn.Linear(2, 3)
     object.__setattr__(module, "parent", [module])
     module._modules["again"] = module
@@ -292,7 +292,7 @@ class Evil:
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("how", ["call", "evaluate", "state", "items", "setter"])
-def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, weights, how, protocol):
+def test_no_call_in_a_pickle_is_executed(tmp_path, weights, how, protocol):
     evil = Evil(tmp_path / "made", how=how)
     torch.save({"state_dict": weights, "evil": evil}, tmp_path / "w.pth", pickle_protocol=max(protocol, 2))
     assert_same(read_checkpoint(tmp_path / "w.pth").weights, weights)
@@ -317,7 +317,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_written_by_hand_neither(tmp_path, name):
+def test_no_call_in_a_handwritten_pickle_is_executed(tmp_path, name):
     before = dict.update, dict.__setitem__
     data = RAW[name].replace(b"{0}", str(tmp_path / "made").encode())
     (tmp_path / "w.pkl").write_bytes(b"\x80\x04" + data)
@@ -326,7 +326,7 @@ def test_written_by_hand_neither(tmp_path, name):
     assert not (tmp_path / "made").exists() and (dict.update, dict.__setitem__) == before
 
 
-def test_a_pickle_that_unfolds_to_billions_of_entries_ends_at_once(tmp_path):
+def test_a_pickle_that_expands_to_billions_of_entries_is_refused_at_once(tmp_path):
     nested = {"w": np.zeros(1)}
     for _ in range(40):
         nested = {"a": nested, "b": nested}

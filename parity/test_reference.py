@@ -109,7 +109,7 @@ def test_training_forward_equals_the_original_code(golden):
     assert_close("training logits", logits, golden["case0/train/output0"], 1e-13)
 
 
-def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(golden):
+def test_running_statistics_move_a_tenth_towards_unbiased_batch_statistics(golden):
     """By BatchNorm's definition, and against transformers below, not against the golden's `case0/train/buffer/*`.
 
     Those are bit for bit the statistics before the forward pass, so they say nothing about the ones after it.
@@ -140,7 +140,7 @@ def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(golden):
     ],
     ids=str,
 )
-def test_settings_that_weights_cannot_tell_change_the_output(golden, overrides):
+def test_settings_that_weights_do_not_determine_change_the_output(golden, overrides):
     """Heads and eps change no shape, so only values can catch a wrong one. 1e-8 is 1e5 times the bound above.
 
     Measured 9e-7 to 2e-5: the golden's attention is nearly uniform, so in float32 it could not tell the heads.
@@ -303,7 +303,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert drop_path.eval()(x) is x
 
 
-def test_a_block_that_drops_both_branches_is_the_identity_in_training_only():
+def test_a_block_that_drops_both_branches_is_the_identity_only_in_training():
     torch.manual_seed(0)
     block = Block(
         8, num_heads=2, mlp_ratio=4, sr_ratio=2, drop_path_rate=1.0 - 1e-9, block_norm_eps=1e-6, patch_norm_eps=1e-5
@@ -314,7 +314,7 @@ def test_a_block_that_drops_both_branches_is_the_identity_in_training_only():
     assert relative_error(block.eval()(tokens, 4, 6), tokens) > 0.1
 
 
-def test_each_branch_of_a_block_is_dropped_on_its_own():
+def test_the_branches_of_a_block_are_dropped_independently():
     """At rate 1/2 a sample has four equally likely outcomes; 64 samples miss one with probability 4e-8."""
     torch.manual_seed(0)
     block = Block(4, num_heads=1, mlp_ratio=4, sr_ratio=1, drop_path_rate=0.5, block_norm_eps=1e-6, patch_norm_eps=1e-5)
@@ -362,7 +362,7 @@ def test_every_parameter_and_statistic_changes_the_output():
 
 
 @pytest.mark.parametrize("num_heads", [(2, 2, 5, 8), (1, 1, 5, 8), (1, 2, 1, 8), (1, 2, 5, 4)], ids=str)
-def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads):
+def test_a_wrong_head_count_changes_outputs_far_more_than_rounding(num_heads):
     image = images(2, 3, 64, 96)
     with torch.no_grad():
         right, _ = randomise(SegFormer(**NARROW).double(), seed=5).eval()(image)
@@ -372,7 +372,7 @@ def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads)
     assert error > 1e-3
 
 
-def test_randomise_depends_on_its_seed_alone_and_on_no_dtype():
+def test_randomise_depends_only_on_its_seed_and_not_on_the_dtype():
     before = torch.random.get_rng_state()
     model = torch.nn.BatchNorm2d(6)
     single = {name: value.clone() for name, value in randomise(model, seed=7).state_dict().items()}
@@ -382,7 +382,7 @@ def test_randomise_depends_on_its_seed_alone_and_on_no_dtype():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_float32_and_float64_forms_agree_to_float32_rounding():
+def test_float32_and_float64_agree_up_to_float32_rounding():
     model = randomise(SegFormer(**NARROW), seed=9).eval()
     image = images(2, 3, 33, 70).float()
     with torch.no_grad():
@@ -400,7 +400,7 @@ def test_exported_program_equals_the_module():
         assert_close("exported logits", exported, model(image)[0], 1e-13)
 
 
-def test_fresh_weights_have_the_published_spread():
+def test_new_weights_have_the_published_spread():
     torch.manual_seed(0)
     model = SegFormer(num_classes=19, **VARIANTS["b0"])
     weights = model.state_dict()

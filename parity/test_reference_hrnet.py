@@ -138,7 +138,7 @@ def test_training_forward_equals_the_original_code(name):
         assert_close(f"training output{i}", got, want, BOUND)
 
 
-def test_logits_of_the_seed_are_the_official_ones_resized_to_its_crop():
+def test_resized_logits_equal_those_of_jo_jstrms_repository():
     model, (case,) = golden_model("hrnet_seed"), golden.cases("hrnet_seed")
     with torch.no_grad():
         logits, taps = model(torch.from_numpy(case.images))
@@ -161,7 +161,7 @@ def test_logits_of_the_seed_are_the_official_ones_resized_to_its_crop():
         ("hrnet_ocr_official", "ocr_distri_head.conv_bn_dropout.1.0"),
     ],
 )
-def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(name, layer):
+def test_running_statistics_move_a_tenth_towards_unbiased_batch_statistics(name, layer):
     model, case = golden_model(name).train(), golden.cases(name)[0]
     norm = model.get_submodule(layer)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
@@ -336,7 +336,7 @@ OCR_MISREADINGS = [
         *(pytest.param("hrnet_ocr_official", m, id=m.__name__) for m in OCR_MISREADINGS),
     ],
 )
-def test_goldens_tell_a_misreading_that_leaves_every_shape_alone(name, misreading, monkeypatch):
+def test_goldens_detect_a_misreading_that_changes_no_shape(name, misreading, monkeypatch):
     model = golden_model(name)
     assert largest_error(name, model) <= BOUND
     misreading(model, monkeypatch)
@@ -432,7 +432,7 @@ def test_each_branch_has_half_the_size_of_the_previous_rounded_up(form, size):
         assert taps["aux_logits"].shape == logits.shape
 
 
-def test_a_branch_that_is_already_right_passes_a_transition_untouched():
+def test_a_branch_of_the_right_size_has_no_layer_in_a_transition():
     model = HRNet(num_classes=7, width=32, stage1_channels=8, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
     keys = {key.rpartition(".")[0] for key in model.state_dict() if key.startswith("transition")}
     new = ["transition1.1", "transition2.2", "transition3.3"]
@@ -472,7 +472,7 @@ def test_dropout_before_the_classifier_drops_channels_at_rate_005():
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_parameter_shows_in_the_output_of_a_randomised_model(form, training):
+def test_every_parameter_affects_the_output_of_a_randomised_model(form, training):
     """Relative to the largest gradient of all, of the auxiliary and the main logits together.
 
     `aux_head.3.bias` shows in the auxiliary logits alone, a bias in front of BatchNorm in evaluation mode alone. The
@@ -497,7 +497,7 @@ def test_every_parameter_shows_in_the_output_of_a_randomised_model(form, trainin
 
 @pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_running_statistic_shows_in_the_output_of_a_randomised_model(form, statistic):
+def test_every_running_statistic_affects_a_randomised_models_output(form, statistic):
     model, settings = FORMS[form]
     model = randomise(model(**settings).double(), seed=5).eval()
     image = images(1, 3, 32, 64)
@@ -514,7 +514,7 @@ def test_every_running_statistic_shows_in_the_output_of_a_randomised_model(form,
         assert torch.equal(model(image)[0], logits)
 
 
-def test_a_wrong_relation_moves_outputs_far_beyond_float32_rounding():
+def test_a_wrong_relation_changes_outputs_far_more_than_float32_rounding():
     """In evaluation mode too, where the golden has no relation to get wrong. Measured 0.015."""
     model = randomise(HRNetOCR(**NARROW, **OCR).double(), seed=9).eval()
     image = images(2, 3, 64, 96)
@@ -524,7 +524,7 @@ def test_a_wrong_relation_moves_outputs_far_beyond_float32_rounding():
         assert relative_error(model(image)[0], right) > 1e-3
 
 
-def test_float32_and_float64_forms_agree_to_float32_rounding():
+def test_float32_and_float64_agree_up_to_float32_rounding():
     for model, settings in FORMS.values():
         model = randomise(model(**settings), seed=9).eval()
         image = images(2, 3, 33, 70).float()
@@ -535,7 +535,7 @@ def test_float32_and_float64_forms_agree_to_float32_rounding():
         assert relative_error(single.double(), double) < 1e-5
 
 
-def test_fresh_backbone_and_plain_head_have_the_published_spread():
+def test_new_backbones_and_plain_heads_have_the_published_spread():
     torch.manual_seed(0)
     model = HRNet(num_classes=19, width=18, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
     kernels = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
@@ -550,7 +550,7 @@ def test_fresh_backbone_and_plain_head_have_the_published_spread():
     assert bias.std().item() == pytest.approx((3 * 270) ** -0.5, rel=0.1)
 
 
-def test_fresh_ocr_layers_have_torchs_spread_and_the_backbone_its_own():
+def test_new_ocr_layers_have_torchs_spread_and_the_backbone_its_own():
     torch.manual_seed(0)
     model = HRNetOCR(num_classes=19, width=18, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1), ocr_channels=128)
     heads = ("conv3x3_ocr", "ocr_distri_head", "cls_head", "aux_head")

@@ -117,7 +117,7 @@ def test_training_forward_equals_the_original_code():
     assert error <= 1e-12
 
 
-def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased():
+def test_running_statistics_move_a_tenth_towards_unbiased_batch_statistics():
     """By BatchNorm's definition: the golden's own statistics are those from before its training-mode forward."""
     case, weights = golden.cases(GOLDEN)[0], golden.weights(GOLDEN)
     model = golden_model(drop_path_rate=0.0, dropout_rate=0.0).train()
@@ -157,7 +157,7 @@ def test_eps_of_the_factorisation_changes_the_output(monkeypatch, eps):
     assert golden_error(golden_model()) > 1e-8  # measured 2e-7, 2e-6
 
 
-def test_rank_changes_the_output_though_the_weights_load():
+def test_another_rank_loads_but_changes_the_output():
     """mmsegmentation's B and L have 16 where the published models have 64."""
     case = golden.cases(GOLDEN)[0]
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_bases_of_another_shape_are_refused():
             model(tensor(case.images), tensor(bases))
 
 
-def test_six_training_and_seven_evaluation_steps_differ_from_others(monkeypatch):
+def test_other_numbers_of_factorisation_steps_change_the_output(monkeypatch):
     training = golden_model(drop_path_rate=0.0, dropout_rate=0.0).train()
     evaluation = golden_model()
     assert (segnext.TRAINING_STEPS, segnext.EVALUATION_STEPS) == (6, 7)
@@ -187,7 +187,7 @@ def test_six_training_and_seven_evaluation_steps_differ_from_others(monkeypatch)
 # --- the factorisation -----------------------------------------------------------------------------------------------
 
 
-def test_factorisation_equals_lee_and_seungs_rule_written_by_element():
+def test_factorisation_equals_lee_and_seungs_elementwise_rule():
     x, bases = images(1, 3, 4).abs(), images(1, 3, 2, seed=1).abs()
     X, D = x[0].numpy(), bases[0].numpy().copy()
     A = np.stack([np.exp(D.T @ X[:, n]) / np.exp(D.T @ X[:, n]).sum() for n in range(4)])
@@ -213,14 +213,14 @@ def test_factorisation_equals_lee_and_seungs_rule_written_by_element():
         improve_bases()
 
 
-def test_every_step_of_the_factorisation_brings_it_closer():
+def test_every_step_of_the_factorisation_reduces_its_error():
     """Lee and Seung's theorem, for the norm of the difference."""
     x, bases = images(2, 12, 40).abs(), images(2, 12, 4, seed=1).abs()
     distances = [(segnext.factorise(x, bases, steps) - x).norm().item() for steps in range(30)]
     assert all(after < before for before, after in itertools.pairwise(distances))
 
 
-def test_factorisation_of_a_product_of_the_same_rank_finds_it():
+def test_factorisation_recovers_a_product_of_the_same_rank():
     x = images(2, 12, 1).abs() @ images(2, 1, 40, seed=1).abs()
     bases = images(2, 12, 1, seed=2).abs()
     assert_close("rank 1", segnext.factorise(x, bases, 2), x, 1e-5)
@@ -236,7 +236,7 @@ def test_a_channel_without_signal_stays_zero_rather_than_nan():
     assert found[:, 2].eq(0.0).all() and found[:, :, 3].eq(0.0).all()
 
 
-def test_samples_of_a_batch_are_factorised_each_on_its_own():
+def test_the_samples_of_a_batch_are_factorised_independently():
     model = randomise(SegNeXt(**NARROW).double(), seed=4).eval()
     image, bases = images(3, 3, 40, 72), bases_for(model, 3)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_samples_of_a_batch_are_factorised_each_on_its_own():
 # --- fresh bases -----------------------------------------------------------------------------------------------------
 
 
-def test_without_bases_outputs_move_from_run_to_run_in_evaluation():
+def test_without_bases_evaluation_outputs_differ_between_runs():
     model, case = golden_model(), golden.cases(GOLDEN)[0]
     torch.manual_seed(0)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_without_bases_outputs_move_from_run_to_run_in_evaluation():
     assert torch.equal(*features)
 
 
-def test_without_bases_a_forward_uses_fresh_ones_of_length_one():
+def test_without_bases_a_forward_pass_draws_new_ones_of_length_one():
     model, case = golden_model(), golden.cases(GOLDEN)[0]
     with torch.no_grad():
         torch.manual_seed(3)
@@ -272,7 +272,7 @@ def test_without_bases_a_forward_uses_fresh_ones_of_length_one():
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_fresh_bases_are_uniform_before_they_are_normalised():
+def test_new_bases_are_uniform_before_they_are_normalised():
     """Uniform in 0 .. m has mean m / 2 and deviation m / sqrt(12), so their ratio is sqrt(3) whatever the length."""
     torch.manual_seed(0)
     drawn = segnext.draw_bases(4, 4096, 8, like=torch.empty(0, dtype=torch.float64))
@@ -311,7 +311,7 @@ def test_drop_path_rates_rise_linearly_from_zero():
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (40, 136), (33, 31)], ids=str)
-def test_maps_are_an_eighth_of_any_size_rounded_up(size):
+def test_maps_have_an_eighth_of_the_image_size_rounded_up(size):
     model = randomise(SegNeXt(**NARROW).double(), seed=1).eval()
     H, W = size
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert drop_path.eval()(x) is x
 
 
-def test_each_branch_of_a_block_is_dropped_on_its_own():
+def test_the_branches_of_a_block_are_dropped_independently():
     """At rate 1/2 a sample meets four fates of equal probability; 64 samples miss one with probability 4e-8."""
     torch.manual_seed(0)
     block = randomise(Block(4, mlp_ratio=4, drop_path_rate=0.5).double(), seed=3)
@@ -389,7 +389,7 @@ def test_every_parameter_and_statistic_changes_the_output():
                 buffer.copy_(before)
 
 
-def test_a_head_of_one_channel_a_group_hides_the_last_shift_of_stage_4():
+def test_a_head_with_one_channel_per_group_hides_the_last_shift():
     """Why NARROW's head is 64 wide: at 32 a constant map leaves the head as it came."""
     for ham_channels, lowest, highest in ((32, 0.0, 1e-12), (64, 1e-3, 10.0)):
         model = randomise(SegNeXt(**{**NARROW, "ham_channels": ham_channels}).double(), seed=5).eval()
@@ -401,7 +401,7 @@ def test_a_head_of_one_channel_a_group_hides_the_last_shift_of_stage_4():
         assert lowest <= moved <= highest
 
 
-def test_float32_and_float64_forms_agree_to_float32_rounding():
+def test_float32_and_float64_agree_up_to_float32_rounding():
     model = randomise(SegNeXt(**NARROW), seed=9).eval()
     image, bases = images(2, 3, 33, 70).float(), bases_for(model, 2).float()
     with torch.no_grad():
@@ -413,7 +413,7 @@ def test_float32_and_float64_forms_agree_to_float32_rounding():
     assert error < 1e-5
 
 
-def test_fresh_weights_have_the_published_spread():
+def test_new_weights_have_the_published_spread():
     torch.manual_seed(0)
     weights = SegNeXt(num_classes=150, **VARIANTS["t"]).state_dict()
     # sqrt(2 / fan-out): kernel area times output channels over groups.

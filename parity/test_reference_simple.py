@@ -93,7 +93,7 @@ def test_gradient_of_every_parameter_equals_the_original_code():
 
 
 @pytest.mark.parametrize("num_heads", [(1, 2, 5, 4), (1, 2, 5, 16), (1, 1, 5, 8), (2, 2, 5, 8)], ids=str)
-def test_heads_that_weights_cannot_tell_change_the_output(num_heads):
+def test_the_number_of_heads_changes_the_output(num_heads):
     error = golden_error(golden_model(num_heads=num_heads))
     print(f"{num_heads}: relative error {error:.1e}")
     assert error > 1e-8
@@ -108,7 +108,7 @@ def test_eps_of_the_norm_changes_the_output():
     assert golden_error(model) > 1e-8
 
 
-def test_eps_beside_the_deviation_differs_from_eps_under_the_root(monkeypatch):
+def test_eps_added_to_the_deviation_differs_from_eps_under_the_root(monkeypatch):
     def layer_norm(norm: ChannelNorm, x: torch.Tensor) -> torch.Tensor:
         normalised = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=norm.eps).permute(0, 3, 1, 2)
         return normalised * norm.g + norm.b
@@ -161,7 +161,7 @@ def assert_equals_package(settings: dict, image: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("settings", [DEFAULT, NARROW, OTHER], ids=["default", "narrow", "other"])
-def test_one_seed_draws_the_weights_of_the_package(settings):
+def test_the_same_seed_draws_the_weights_of_the_package(settings):
     torch.manual_seed(0)
     ours = SegFormerSimple(**settings).state_dict()
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_the_state_dict_of_the_package_loads_strictly_and_gives_its_output():
         assert_close("logits", ours(images(3, 3, 64, 32))[0], theirs(images(3, 3, 64, 32)), 1e-12)
 
 
-def test_a_pixel_of_equal_channels_has_no_gradient_in_the_package_either():
+def test_a_pixel_of_equal_channels_has_no_gradient_as_in_the_package():
     """The root of a variance of zero has none: torch gives NaN. The value itself is just the shift."""
     pixels = torch.full((1, 4, 1, 2), 3.0, dtype=torch.float64)
     pixels[0, 0, 0, 1] = 4.0
@@ -243,7 +243,7 @@ def test_attention_equals_torch_attention_head_by_head():
         assert_close("attention", attention(x), wanted, 1e-13)
 
 
-def test_training_and_evaluation_are_the_same():
+def test_training_and_evaluation_give_the_same_output():
     model = randomise(SegFormerSimple(**NARROW).double(), seed=4)
     with torch.no_grad():
         training, _ = model.train()(images(2, 3, 64, 32))
@@ -255,7 +255,7 @@ def test_training_and_evaluation_are_the_same():
 # --- what other parity tests rely on ---------------------------------------------------------------------------------
 
 
-def test_every_parameter_shows_in_the_output_of_a_randomised_model():
+def test_every_parameter_affects_the_output_of_a_randomised_model():
     """Relative to the largest gradient of all."""
     model = randomise(SegFormerSimple(**NARROW).double(), seed=5)
     logits, taps = model(images(2, 3, 64, 96))
@@ -268,7 +268,7 @@ def test_every_parameter_shows_in_the_output_of_a_randomised_model():
 
 
 @pytest.mark.parametrize("num_heads", [(2, 2, 5, 8), (1, 1, 5, 8), (1, 2, 1, 8), (1, 2, 5, 4)], ids=str)
-def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads):
+def test_a_wrong_head_count_changes_outputs_far_more_than_rounding(num_heads):
     image = images(2, 3, 64, 96)
     with torch.no_grad():
         right, _ = randomise(SegFormerSimple(**NARROW).double(), seed=5)(image)
@@ -278,7 +278,7 @@ def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads)
     assert error > 1e-3
 
 
-def test_float32_and_float64_forms_agree_to_float32_rounding():
+def test_float32_and_float64_agree_up_to_float32_rounding():
     model = randomise(SegFormerSimple(**NARROW), seed=9)
     image = images(2, 3, 64, 96).float()
     with torch.no_grad():

@@ -139,7 +139,7 @@ def test_training_forward_equals_the_original_code(name):
     assert relative_error(logits, torch.from_numpy(case.outputs[-1])) > 1e-2
 
 
-def test_the_plain_decoder_without_batchnorm_has_one_mode():
+def test_the_plain_decoder_without_batchnorm_is_the_same_in_training():
     assert golden_error(golden_model("segformer_jo_jstrm", drop_path_rate=0.0).train(), "segformer_jo_jstrm") <= 1e-12
 
 
@@ -290,7 +290,7 @@ def test_the_mmseg_head_equals_its_formula(size):
 
 
 @pytest.mark.parametrize("name, norms", [("plain conv_bn", 1), ("mmseg", 5), ("mmseg style", 5), ("zuppichini", 1)])
-def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(name, norms):
+def test_running_statistics_move_a_tenth_towards_unbiased_batch_statistics(name, norms):
     """By BatchNorm's definition: the goldens' own are those from before their training forward."""
     model = without_randomness(name).train()
     found = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -313,7 +313,7 @@ def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(name, norms
         assert bn.num_batches_tracked.item() == 1
 
 
-def test_zuppichinis_model_refuses_sizes_whose_maps_do_not_meet():
+def test_zuppichinis_model_refuses_sizes_whose_maps_do_not_align():
     model = NARROW_MODELS["zuppichini"]()
     with pytest.raises(ValueError, match=r"\(16, 40\), .*\(16, 33\)\]: H and W must be multiples of 32"):
         model(torch.zeros(1, 3, 64, 129))
@@ -376,12 +376,12 @@ def assert_same_forward(ours: nn.Module, theirs: nn.Module, image: torch.Tensor)
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (40, 136)], ids=str)
 @pytest.mark.parametrize("sizes", [NARROW, {"num_classes": 19, **segformer_mmseg.VARIANTS["b0"]}], ids=["narrow", "b0"])
-def test_mmseg_features_and_logits_equal_those_of_its_own_structure(sizes, size):
+def test_mmseg_features_and_logits_equal_those_of_mmsegs_structure(sizes, size):
     ours, theirs = mmseg_pair(**sizes)
     assert_same_forward(ours.eval(), theirs.eval(), images(2, 3, *size))
 
 
-def test_mmseg_training_outputs_and_gradients_equal_its_own_structures():
+def test_mmseg_training_outputs_and_gradients_equal_mmsegs_structure():
     ours, theirs = mmseg_pair(**NARROW)
     ours.train()
     theirs.train()
@@ -406,7 +406,7 @@ def test_mmseg_training_outputs_and_gradients_equal_its_own_structures():
 
 
 @pytest.mark.parametrize("variant", segformer_mmseg.VARIANTS)
-def test_mmseg_names_and_shapes_are_those_of_its_own_structure(variant):
+def test_mmseg_names_and_shapes_equal_those_of_mmsegs_structure(variant):
     sizes = {"num_classes": 19, **segformer_mmseg.VARIANTS[variant]}
     with torch.device("meta"):
         ours = to_mmseg_style(SegFormerMMSeg(**sizes).state_dict())
@@ -414,7 +414,7 @@ def test_mmseg_names_and_shapes_are_those_of_its_own_structure(variant):
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-def test_keys_of_the_mmseg_structure_are_those_of_its_checkpoints():
+def test_keys_of_mmsegs_structure_are_those_of_its_checkpoints():
     """The published arithmetic, written out: of stage 1, of stage 4 (which reduces nothing) and of the head."""
     inside = [f"norm{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")]
     inside += ["attn.attn.in_proj_weight", "attn.attn.in_proj_bias"]
@@ -462,7 +462,7 @@ def test_parameter_count_of_the_plain_model_is_the_measured_one(variant, fuse, c
     assert parameter_count(model) == count
 
 
-def test_counts_of_the_plain_b5_are_those_of_the_published_table():
+def test_counts_of_the_plain_b5_equal_the_published_table():
     """The README's table. Its tool counts the wrappers of convolutions and Linears a second time, and no LayerNorm.
 
     Its operations are weights x output H x W for a convolution and output elements x tokens for a Linear, in 1024^3.
@@ -543,7 +543,7 @@ def test_drop_path_rates_rise_linearly_from_zero(name):
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_a_drop_path_rate_outside_of_0_to_1_is_refused(rate):
+def test_a_drop_path_rate_outside_0_to_1_is_refused(rate):
     with pytest.raises(ValueError, match=rf"drop path rate must be in \[0, 1\), got {rate}"):
         BatchDropPath(rate)
 
@@ -559,7 +559,7 @@ def test_zuppichinis_drop_path_drops_the_whole_batch_and_keeps_the_mean():
     assert drop_path.eval()(x) is x
 
 
-def test_zuppichinis_drop_path_spares_the_attention():
+def test_zuppichinis_drop_path_does_not_drop_the_attention():
     torch.manual_seed(0)
     one = block(8, num_heads=2, mlp_ratio=4, sr_ratio=2, drop_path_rate=1.0 - 1e-9)
     randomise(one.double(), seed=2)
@@ -583,7 +583,7 @@ def fates(name: str, tap: str) -> list[int]:
     return counts
 
 
-def test_samples_of_a_batch_share_their_fate_in_zuppichinis_model_alone():
+def test_only_zuppichinis_model_drops_all_samples_of_a_batch_together():
     assert fates("zuppichini", "feature3") == [1, 1, 1]
     for name in ("plain conv", "mmseg", "mmseg style"):
         assert min(fates(name, "feature3")) > 1, name
@@ -664,7 +664,7 @@ def test_every_parameter_and_statistic_changes_the_output(name):
 
 
 @pytest.mark.parametrize("name", NARROW_MODELS)
-def test_float32_and_float64_forms_agree_to_float32_rounding(name):
+def test_float32_and_float64_agree_up_to_float32_rounding(name):
     model = randomise(NARROW_MODELS[name](), seed=9).eval()
     image = images(2, 3, 64, 96).float()
     with torch.no_grad():
@@ -683,7 +683,7 @@ def test_exported_program_equals_the_module(name):
         assert_close("exported logits", exported, model(image)[0])
 
 
-def test_fresh_weights_have_the_spread_of_their_initialisation():
+def test_new_weights_have_the_spread_of_their_initialisation():
     torch.manual_seed(0)
     plain = SegFormerPlain(num_classes=19, **segformer_plain.VARIANTS["b0"]).state_dict()
     mmseg = SegFormerMMSeg(num_classes=19, **segformer_mmseg.VARIANTS["b0"]).state_dict()

@@ -86,7 +86,7 @@ def dialects_for(label, *, whole):
 
 
 @FAMILY
-def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tmp_path, capsys):
+def test_any_checkpoint_passes_through_all_dialects_that_can_express_it(label, tmp_path, capsys):
     weights = original(label)
     save_pth(tmp_path / "native.pth", weights)
     source = tmp_path / "native.pth"
@@ -137,7 +137,7 @@ def test_a_dialect_that_cannot_express_a_checkpoint_is_refused(label, dialect, p
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_assumptions_are_printed_and_the_targets_differences_noted(weights, tmp_path, capsys):
+def test_assumptions_and_differences_of_the_target_are_printed(weights, tmp_path, capsys):
     save_pth(tmp_path / "a.pth", weights)
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "hf") == 0
     said = printed(capsys)
@@ -163,7 +163,7 @@ def same_tensors(path, tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_survive_the_command_line(weights, dtype, tmp_path, quick_to_compile):
+def test_half_precision_survives_conversion(weights, dtype, tmp_path, quick_to_compile):
     tensors = of_type(weights, dtype)
     torch.save(tensors, tmp_path / "a.pth")
     assert run(tmp_path / "a.pth", tmp_path / "b", "--verify") == 0
@@ -173,7 +173,7 @@ def test_half_types_survive_the_command_line(weights, dtype, tmp_path, quick_to_
 
 
 @pytest.mark.slow
-def test_float64_survives_the_command_line(weights, tmp_path):
+def test_float64_survives_conversion(weights, tmp_path):
     tensors = of_type(weights, torch.float64)
     torch.save(tensors, tmp_path / "a.pth")
     # A process of its own, because float64 switches jax to 64 bits for good.
@@ -190,7 +190,7 @@ def test_float64_survives_the_command_line(weights, tmp_path):
     assert same_tensors(tmp_path / "c.pth", tensors)
 
 
-def test_an_orbax_folder_builds_its_model_again(weights, tmp_path):
+def test_an_orbax_folder_rebuilds_its_model(weights, tmp_path):
     save_pth(tmp_path / "a.pth", weights)
     assert run(tmp_path / "a.pth", tmp_path / "b", "--overrides", "num_heads=(1,1,1,1)", "block_norm_eps=1e-5") == 0
     model = load(tmp_path / "b").model
@@ -215,7 +215,7 @@ def test_an_orbax_folder_builds_its_model_again(weights, tmp_path):
         ("segnext", "cvpytorch", 5, "reference"),
     ],
 )
-def test_verify_compares_with_pytorch_and_says_by_how_much(
+def test_verify_compares_with_pytorch_and_prints_the_error(
     label, dialect, num_classes, against, tmp_path, capsys, quick_to_compile
 ):
     form = key_format(dialect, family_of(SUBJECTS[label].name))
@@ -228,7 +228,7 @@ def test_verify_compares_with_pytorch_and_says_by_how_much(
 
 
 @pytest.mark.parametrize(("dialect", "suffix"), [("native", ".pth"), ("hf", ".safetensors"), ("smp", ".pth")])
-def test_a_conversion_with_verify_recognises_its_keys_once(
+def test_a_conversion_with_verify_recognises_the_keys_once(
     dialect, suffix, weights, tmp_path, monkeypatch, quick_to_compile
 ):
     calls = []
@@ -243,7 +243,7 @@ def test_a_conversion_with_verify_recognises_its_keys_once(
     assert calls == [{"dialect": "auto", "family": None}]
 
 
-def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeypatch, quick_to_compile):
+def test_verify_refuses_to_write_a_model_that_differs(weights, tmp_path, capsys, monkeypatch, quick_to_compile):
     save_pth(tmp_path / "a.pth", weights)
     monkeypatch.setattr(segformer.F, "gelu", lambda x, **_: torch.relu(x))
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--verify") == 1
@@ -251,7 +251,7 @@ def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeyp
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path, capsys, quick_to_compile):
+def test_an_encoder_converts_if_the_number_of_classes_is_given(weights, tmp_path, capsys, quick_to_compile):
     alone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     alone["head.weight"], alone["head.bias"] = np.ones((10, 32), np.float32), np.ones(10, np.float32)
     save_pth(tmp_path / "mit.pth", alone)
@@ -306,7 +306,7 @@ def broken_files(folder, weights):
     }
 
 
-def test_every_bad_file_gets_a_message_and_leaves_nothing(weights, tmp_path, capsys):
+def test_every_bad_file_gives_a_message_and_leaves_nothing(weights, tmp_path, capsys):
     for name, expected in broken_files(tmp_path, weights).items():
         for destination in ("out.pth", "out.safetensors", "out"):
             assert run(tmp_path / name, tmp_path / destination) == 2, name
@@ -318,7 +318,7 @@ def test_every_bad_file_gets_a_message_and_leaves_nothing(weights, tmp_path, cap
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_overwritten(weights, tmp_path, capsys):
+def test_a_folder_that_is_not_a_checkpoint_is_not_overwritten(weights, tmp_path, capsys):
     save_pth(tmp_path / "a.pth", weights)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -357,7 +357,7 @@ def test_a_damaged_orbax_folder_is_refused(weights, tmp_path, capsys):
     assert "damaged" in refused(capsys)
 
 
-def test_the_loaded_model_computes_in_the_type_asked_for(weights):
+def test_the_loaded_model_computes_in_the_requested_dtype(weights):
     model = segjax.from_torch(weights, dtype=jnp.bfloat16)
     logits, taps = nnx.eval_shape(lambda model: model(jnp.zeros((2, 64, 96, 3))), model)
     assert logits.dtype == jnp.float32 and taps["feature0"].dtype == jnp.bfloat16

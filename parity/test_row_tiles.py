@@ -177,7 +177,7 @@ def test_every_gradient_of_a_feed_forward_network_equals_torchs(kind, shape, dty
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_feed_forward_network_in_row_tiles_equals_its_layers_one_by_one(kind, tiles, float64, within, monkeypatch):
+def test_a_feed_forward_network_in_row_tiles_equals_its_layers(kind, tiles, float64, within, monkeypatch):
     network = feed_forward_of(kind, "float64")
     x = normal(2, 7, 5, 3, seed=22, dtype="float64")
     monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, x.shape, 2, "float64"))
@@ -197,7 +197,7 @@ def test_a_feed_forward_network_in_row_tiles_equals_its_layers_one_by_one(kind, 
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "several outputs"])
-def test_a_bfloat16_feed_forward_network_is_as_near_float64_as_its_layers(kind, tiles, float64, monkeypatch):
+def test_bfloat16_row_tiles_are_as_near_to_float64_as_the_layers(kind, tiles, float64, monkeypatch):
     network = feed_forward_of(kind, "bfloat16", channels=4, hidden=12)
     x = normal(2, 9, 8, 4, seed=23, dtype="float64").astype(jnp.bfloat16)
     run, arrays = of_arrays(network, by_rows)
@@ -378,7 +378,7 @@ def test_a_decoder_in_row_tiles_and_its_gradients_equal_torch(mode, name, dtype,
     within("output", dtype, verify.relative_error(in_one, theirs[0].detach()), "decoder in one tile = torch")
 
 
-def test_bands_of_a_decoder_are_as_large_as_fit(tiles, float64, within, monkeypatch):
+def test_row_tiles_of_a_decoder_are_as_large_as_the_limit_allows(tiles, float64, within, monkeypatch):
     given = decoder_of("one coarse level", "float64")  # 20 rows, in steps of 5
     expected = given.call("plain", "half")(*given.levels, *given.arrays)
     row = 2 * 9 * 6 * 8
@@ -391,7 +391,7 @@ def test_bands_of_a_decoder_are_as_large_as_fit(tiles, float64, within, monkeypa
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_decoder_in_row_tiles_equals_its_plain_form(mode, float64, within, monkeypatch):
+def test_a_decoder_in_row_tiles_equals_the_plain_one(mode, float64, within, monkeypatch):
     given = decoder_of("deepest first", "float64")
     monkeypatch.setattr(units, "TILE_BYTES", 1)
     with choice.published_implementations():
@@ -400,7 +400,7 @@ def test_a_decoder_in_row_tiles_equals_its_plain_form(mode, float64, within, mon
     within("output", "float64", verify.relative_error(ours, expected), "decoder in row tiles = plain")
 
 
-def test_a_decoder_in_bfloat16_is_as_near_to_float64_as_its_plain_form(tiles, float64, monkeypatch):
+def test_a_bfloat16_decoder_is_as_near_to_float64_as_the_plain_one(tiles, float64, monkeypatch):
     given = decoder_of("deepest first", "bfloat16")
     everything = (*given.levels, *given.arrays)
     wide = [torch.from_numpy(np.asarray(array, np.float64)) for array in everything]
@@ -439,7 +439,7 @@ def test_a_decoder_is_computed_in_steps(sizes, context, tiles, float64):
     assert not tiles
 
 
-def test_maps_of_unknown_size_go_in_one_piece(tiles, monkeypatch):
+def test_maps_of_unknown_size_are_computed_in_one_piece(tiles, monkeypatch):
     monkeypatch.setattr(units, "TILE_BYTES", 1)
     b, h, w = jax.export.symbolic_shape("b, h, w")
     network = feed_forward_of("linear", "float32")
@@ -457,7 +457,7 @@ def test_maps_of_unknown_size_go_in_one_piece(tiles, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("factor", range(1, 9))
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_blends_are_torchs_and_sum_to_one(length, factor, mode, within):
+def test_interpolation_weights_are_torchs_and_sum_to_one(length, factor, mode, within):
     settings = dict(mode=MODES[mode]["mode"], align_corners=MODES[mode].get("align_corners", False))
     weights = blends(length, factor, **settings)
     assert weights.shape == (3, length, factor) and weights.min() >= 0

@@ -126,7 +126,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("label", "name", "frozen", "clip_norm", "accumulate"), CASES)
-def test_steps_with_frozen_parts_clipping_and_micro_batches_are_torchs(
+def test_steps_with_frozen_parts_clipping_and_micro_batches_equal_torchs(
     label, name, frozen, clip_norm, accumulate, float64, within
 ):
     subject = SUBJECTS[label]
@@ -173,7 +173,7 @@ def test_steps_with_frozen_parts_clipping_and_micro_batches_are_torchs(
 # --------------------------------------------------------------------------------------------- the loss of OCR models
 
 
-def test_ocr_has_published_corners_ohem_and_auxiliary_loss(float64, within):
+def test_ocr_trains_with_published_corners_ohem_and_auxiliary_loss(float64, within):
     subject = SUBJECTS["ocr"]
     kinds = dict(num_classes=NUM_CLASSES, seed=4, dtype="float64")
     small = subject.fixed | dict(width=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
@@ -226,7 +226,7 @@ def test_ocr_has_published_corners_ohem_and_auxiliary_loss(float64, within):
 # --------------------------------------------------------------------------------------------------------- the start
 
 
-def test_a_start_from_a_pth_of_torch_is_that_network(tmp_path):
+def test_initial_weights_from_a_pth_of_torch_give_that_network(tmp_path):
     subject = SUBJECTS["segformer"]
     source, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=1, dtype="float32", **subject.fixed

@@ -110,7 +110,7 @@ def assert_published(ours, calls, totals, *, without=()):
 
 
 @pytest.mark.parametrize("fuse", ["conv", "conv_bn"])
-def test_published_convention_of_the_plain_segformer_is_what_hooks_hear(fuse):
+def test_the_published_counts_of_the_plain_segformer_are_those_of_hooks(fuse):
     names = {
         "MixTransformer": None,
         "PlainHead": None,
@@ -130,7 +130,7 @@ def test_published_convention_of_the_plain_segformer_is_what_hooks_hear(fuse):
     assert (ours.layers["Dropout"], ours.layers["GELU"]) == (4 * 22, 22)
 
 
-def test_the_simple_segformers_published_count_is_the_packages():
+def test_the_published_counts_of_the_simple_segformer_are_the_packages():
     size = (64, 96)
     settings = dict(dims=(8, 16, 20, 32), decoder_dim=24, num_classes=NUM_CLASSES)
     network = Segformer(heads=(1, 2, 5, 8), ff_expansion=(8, 8, 4, 4), num_layers=2, **settings).eval()
@@ -139,7 +139,7 @@ def test_the_simple_segformers_published_count_is_the_packages():
     assert_published(ours, calls, totals)
 
 
-def test_published_convention_of_hrnet_is_what_hooks_hear():
+def test_the_published_counts_of_hrnet_are_those_of_hooks():
     size, settings, make = FAMILIES["hrnet_w18"]
     network, image = on_meta(make, size, **settings)
     calls, totals = published_tool(network, image, {"Identity": None, "ReLU": None})

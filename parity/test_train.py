@@ -111,7 +111,7 @@ CASES = [
 
 @pytest.mark.long_running
 @pytest.mark.parametrize(("subject", "name", "dtype"), CASES, ids=lambda part: part)
-def test_twenty_steps_of_training_end_where_torch_ends(subject, name, dtype, float64, within, monkeypatch):
+def test_twenty_training_steps_give_the_parameters_of_torch(subject, name, dtype, float64, within, monkeypatch):
     subject, config = SUBJECTS[subject], recipe(name)
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=1, dtype=dtype, **subject.fixed

@@ -37,21 +37,21 @@ def test_same_padding_on_a_strided_convolution_is_not_torchs():
     assert differ(same, theirs) > 1
 
 
-def test_shrinking_without_antialias_is_torchs():
+def test_downsampling_without_antialiasing_is_torchs():
     x = normal(2, 40, 136, 3, seed=1)
     theirs = verify.to_nhwc(F.interpolate(verify.to_nchw(x), size=(13, 17), mode="bilinear", align_corners=False))
     assert differ(layers.resize(jnp.asarray(x), (13, 17)), theirs) < 1e-5
     assert differ(jax.image.resize(x, (2, 13, 17, 3), "bilinear"), theirs) > 0.5
 
 
-def test_gelu_is_the_exact_one():
+def test_gelu_is_exact():
     x = np.linspace(-5, 5, 2001, dtype=np.float32)
     theirs = F.gelu(torch.from_numpy(x))
     assert differ(layers.gelu(jnp.asarray(x)), theirs) < 1e-6
     assert differ(jax.nn.gelu(x), theirs) > 4e-4
 
 
-def test_layer_norm_eps_is_the_one_of_its_place():
+def test_the_eps_of_each_layer_norm_is_the_published_one():
     model = segjax.create("segformer_b0", num_classes=2)
     eps = {
         ".".join(map(str, path)): module.epsilon
@@ -65,7 +65,7 @@ def test_layer_norm_eps_is_the_one_of_its_place():
     assert (len(inner), len(eps) - len(inner)) == (4 + 6, 16 + 4)
 
 
-def test_layer_norm_keeps_digits_far_from_zero_unlike_one_pass_variance():
+def test_layer_norm_is_accurate_far_from_zero_unlike_one_pass_variance():
     x = normal(4, 7, 9, 32, seed=2) + 100
     theirs = F.layer_norm(torch.from_numpy(x), (32,), eps=1e-5)
     ours = layers.LayerNorm(32, epsilon=1e-5, **F32)(jnp.asarray(x))
@@ -74,7 +74,7 @@ def test_layer_norm_keeps_digits_far_from_zero_unlike_one_pass_variance():
     assert differ(one_pass, theirs) > 1e-3
 
 
-def test_running_variance_is_the_unbiased_one_with_torchs_momentum():
+def test_the_running_variance_is_unbiased_and_has_torchs_momentum():
     x = normal(2, 2, 3, 4, seed=3)
     layer = layers.BatchNorm(4, **F32)
     layer.use_running_average = False
@@ -124,7 +124,7 @@ def test_a_wide_map_is_not_taken_for_a_square_one(float64):
     assert verify.relative_error(square.reshape(theirs.shape), theirs) > 1e-2
 
 
-def test_products_run_in_full_float32_here():
+def test_products_are_computed_in_full_float32_here():
     lowered = jax.jit(jnp.matmul).lower(jnp.ones((2, 3)), jnp.ones((3, 4))).as_text()
     assert "HIGHEST" in lowered, "parity/conftest.py must ask for float32 products, or a GPU computes in TF32"
 

@@ -77,7 +77,7 @@ def answer_of(server, page):
 
 
 @pytest.mark.parametrize("seed, family", [(0, "segformer"), (1, "segnext")])
-def test_the_browsers_labels_are_those_of_the_predictor(seed, family, served):
+def test_labels_in_the_browser_are_those_of_the_predictor(seed, family, served):
     folder, server = served
     model = tiny_model(seed, family, num_classes=19)
     loaded = LoadedCheckpoint(model, specs.STREETS, {"dataset": metadata.dataset_metadata(specs.STREETS)})

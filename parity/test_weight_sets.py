@@ -56,7 +56,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_averaged_weights_are_named_and_read_where_they_are_chosen(raw, averaged, caplog, name):
+def test_averaged_weights_are_named_and_read_on_request(raw, averaged, caplog, name):
     caplog.set_level(logging.INFO, logger="segjax")
     given = FILES[name](raw, averaged)
     default = averaged if name.startswith("mmengine") else raw
@@ -77,7 +77,7 @@ def test_averages_without_running_statistics_take_those_of_the_raw_weights(raw, 
     assert "3 are those of the raw weights" in caplog.text
 
 
-def test_only_averaged_weights_are_read_and_no_raw_ones_are_found(averaged, caplog):
+def test_averaged_weights_are_read_if_there_are_no_raw_ones(averaged, caplog):
     caplog.set_level(logging.INFO, logger="segjax")
     for given in ({"state_dict_ema": averaged}, prefixed("ema.", averaged)):
         assert same(as_arrays(given), averaged) and "averaged" in caplog.text
@@ -86,7 +86,7 @@ def test_only_averaged_weights_are_read_and_no_raw_ones_are_found(averaged, capl
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
-def test_a_student_and_a_teacher_are_a_choice_that_nobody_else_makes(tmp_path, raw, averaged, prefix, capsys):
+def test_the_choice_between_student_and_teacher_is_required(tmp_path, raw, averaged, prefix, capsys):
     both = prefixed(f"{prefix}student.", raw) | prefixed(f"{prefix}teacher.", averaged)
     for given in ({"state_dict": both}, {"student": raw, "teacher": averaged, "epoch": 1}):
         for weights in (None, "ema", "raw"):
@@ -109,7 +109,7 @@ def test_a_student_and_a_teacher_are_a_choice_that_nobody_else_makes(tmp_path, r
 
 
 @pytest.mark.parametrize("name", ["model_momentum", "target_network", "shadow"])
-def test_other_words_for_averages_are_known(raw, averaged, name, caplog):
+def test_other_names_of_averaged_weights_are_known(raw, averaged, name, caplog):
     caplog.set_level(logging.INFO, logger="segjax")
     for given in ({"model": raw, name: averaged}, prefixed("online.", raw) | prefixed(f"{name}.", averaged)):
         caplog.clear()
@@ -117,7 +117,7 @@ def test_other_words_for_averages_are_known(raw, averaged, name, caplog):
         assert same(as_arrays(given, weights="ema"), averaged)
 
 
-def test_entries_that_are_passed_over_are_named(raw, averaged, caplog):
+def test_skipped_entries_are_named(raw, averaged, caplog):
     caplog.set_level(logging.INFO, logger="segjax")
     others = {"second": averaged, "numbers": list(averaged.values())}
     passed = {"epoch": 3, "rng": np.zeros(9, np.uint8), "optimizer": {"state": averaged}, "meta": {"mean": np.ones(3)}}
@@ -130,7 +130,7 @@ def test_entries_that_are_passed_over_are_named(raw, averaged, caplog):
 
 
 @pytest.mark.parametrize("key", ["ema", "net", "state_dict"])
-def test_containers_named_many_times_are_searched_once(key):
+def test_containers_referred_to_many_times_are_searched_once(key):
     nested = {"w": 1}
     for _ in range(60):
         nested = {"a": nested, "b": nested}
@@ -140,12 +140,12 @@ def test_containers_named_many_times_are_searched_once(key):
     assert time.monotonic() - began < 20
 
 
-def test_a_layer_that_is_called_like_a_set_is_a_layer(raw):
+def test_a_layer_named_like_a_set_of_weights_is_a_layer(raw):
     given = raw | {"ema.weight": np.ones(3)}
     assert as_arrays(given).keys() == given.keys()
 
 
-def test_a_state_dict_that_holds_itself_is_refused():
+def test_a_state_dict_that_contains_itself_is_refused():
     given = {}
     given["model"] = given
     with pytest.raises(CheckpointError, match="contains itself"):

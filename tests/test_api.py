@@ -51,7 +51,7 @@ def test_import_segjax_imports_neither_jax_nor_numpy():
     assert done.stdout.split() == [segjax.__version__]
 
 
-def test_type_checkers_see_the_names_that_exist():
+def test_type_checkers_see_exactly_the_existing_names():
     tree = ast.parse((ROOT / "segjax" / "__init__.py").read_text())
     (checked,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
     found = {alias.name: node.module for node in checked.body for alias in node.names}
@@ -61,12 +61,12 @@ def test_type_checkers_see_the_names_that_exist():
             assert getattr(segjax, name) is getattr(importlib.import_module(module), name)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'segjax' has no attribute 'lod'"):
         segjax.lod  # noqa: B018
 
 
-def test_names_are_what_they_were_once_every_module_is_imported():
+def test_public_names_stay_the_same_after_every_module_is_imported():
     import_everything()
     assert all(inspect.isfunction(getattr(segjax, name)) for name in FUNCTIONS)
     assert inspect.isclass(segjax.Predictor) and inspect.isclass(segjax.LoadedCheckpoint)
@@ -78,7 +78,7 @@ def test_names_are_what_they_were_once_every_module_is_imported():
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "folder", "hf"])
-def test_every_function_works_once_every_module_is_imported(name, tmp_path):
+def test_every_function_works_after_every_module_is_imported(name, tmp_path):
     import_everything()
     model = tiny_model(3, num_classes=19)
     segjax.save(model, tmp_path / name, dialect="hf" if name == "hf" else None)
@@ -99,13 +99,13 @@ def test_every_function_works_once_every_module_is_imported(name, tmp_path):
     assert (created.spec.num_classes, created.spec.name) == (2, "segformer_b0")
 
 
-def test_a_model_is_exported_once_every_module_is_imported(tmp_path):
+def test_a_model_can_be_exported_after_every_module_is_imported(tmp_path):
     import_everything()
     segjax.export_model(tiny_model(3), tmp_path / "a.stablehlo", size=(32, 64))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
 
 
-def test_what_was_loaded_is_saved_with_its_metadata(tmp_path):
+def test_a_loaded_checkpoint_is_saved_with_its_metadata(tmp_path):
     known = {"dataset": {"name": "yard", "class_names": list("abcde"), "colors": [[9 * k] * 3 for k in range(5)]}}
     known["dataset"]["ignore_label"] = 200
     known |= {"normalisation": {"mean": [1.5, 2.5, 3.5], "std": [10.0, 20.0, 40.0]}, "licence": "mine"}
@@ -154,13 +154,13 @@ def test_class_names_that_cannot_be_saved_are_refused(name, names, message, tmp_
         ("a.safetensors", "mmseg", "cannot be written as mmseg"),
     ],
 )
-def test_what_cannot_be_saved_leaves_nothing(name, dialect, message, tmp_path):
+def test_a_failed_save_leaves_nothing(name, dialect, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         segjax.save(tiny_model(1), tmp_path / name, dialect=dialect)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_is_exported_as_its_suffix_says(tmp_path):
+def test_the_suffix_selects_the_export_format(tmp_path):
     segjax.export_model(tiny_model(1), tmp_path / "a.stablehlo", size=(32, 64))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
     with pytest.raises(ValueError, match="the suffix selects the format"):

@@ -9,7 +9,7 @@ from benchmarks.compare_commits import CheckoutError, differences
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_one_unit_in_the_last_place_of_one_number_is_a_difference(dtype, seed):
+def test_a_single_unit_in_the_last_place_is_a_difference(dtype, seed):
     rng = np.random.default_rng(seed)
     old = {name: rng.standard_normal((3, 5)).astype(dtype) for name in ("a", "b")}
     new = {name: array.copy() for name, array in old.items()}
@@ -21,7 +21,7 @@ def test_one_unit_in_the_last_place_of_one_number_is_a_difference(dtype, seed):
     np.testing.assert_allclose(relative, expected, rtol=1e-12)
 
 
-def test_arrays_of_other_names_shapes_and_types_are_infinitely_different():
+def test_arrays_with_other_names_shapes_or_dtypes_differ_infinitely():
     old = {"a": np.zeros((2, 3)), "b": np.zeros(2), "c": np.zeros(2)}
     new = {"a": np.zeros((3, 2)), "b": np.zeros(2, np.float32), "d": np.zeros(2)}
     found = differences(old, new)
@@ -29,7 +29,7 @@ def test_arrays_of_other_names_shapes_and_types_are_infinitely_different():
     assert [where.split()[0] for _, where in found] == ["c", "d", "a", "b"]
 
 
-def test_a_negative_zero_is_another_number():
+def test_a_negative_zero_is_a_difference():
     assert differences({"a": np.zeros(2)}, {"a": np.array([0.0, -0.0])}) == [(0.0, "a")]
 
 

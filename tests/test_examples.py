@@ -19,7 +19,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_the_examples_of_a_file_show_what_they_print(file, tmp_path, monkeypatch):
+def test_the_examples_in_a_file_print_the_shown_output(file, tmp_path, monkeypatch):
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)

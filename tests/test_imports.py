@@ -121,12 +121,12 @@ def test_the_sources_are_found():
     assert "segjax.data.streets" not in imports_of("segjax.torch_reference.verify", only_module_level=True)
 
 
-def test_every_module_is_in_a_room_with_rules():
+def test_every_module_is_in_a_package_with_import_rules():
     assert {room(name) for name in MODULES} - {""} == {*ALLOWED, *ON_TOP}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ALLOWED])
-def test_a_module_imports_only_rooms_below_its_own(name):
+def test_a_module_imports_only_packages_below_its_own(name):
     above = {
         other
         for other in inside(imports_of(name), "segjax")
@@ -135,21 +135,21 @@ def test_a_module_imports_only_rooms_below_its_own(name):
     assert above == set()
 
 
-def test_the_rooms_are_in_an_order():
+def test_the_packages_are_in_a_topological_order():
     done = set()
     for name, allowed in ALLOWED.items():
         assert set(allowed) <= done, name
         done.add(name)
 
 
-def test_nobody_imports_a_command():
+def test_no_module_imports_a_command():
     for name in MODULES:
         if room(name) == "commands" or room(name) in ON_TOP:
             continue
         assert inside(imports_of(name), "segjax.commands", *(f"segjax.{entry}" for entry in ON_TOP)) == set(), name
 
 
-def test_no_module_imports_itself_through_others():
+def test_there_are_no_circular_imports():
     graph = {name: inside(imports_of(name), "segjax") & set(MODULES) for name in MODULES}
     # The package itself only hands on what its modules define.
     graph["segjax"] = set()
@@ -170,38 +170,38 @@ def test_no_module_imports_itself_through_others():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_library_imports_nothing_of_the_clone(name):
+def test_the_library_imports_nothing_from_outside_the_package(name):
     assert inside(imports_of(name), "parity", "benchmarks", "configs", "tests", "train") == set()
 
 
-def test_nothing_changes_where_python_looks_for_modules():
+def test_no_module_changes_sys_path():
     for folder in ("segjax", "parity", "benchmarks", "configs"):
         for path in (REPO / folder).rglob("*.py"):
             assert "sys.path" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "models"])
-def test_a_model_imports_layers_and_models_only(name):
+def test_a_model_imports_only_layers_and_models(name):
     if name != "segjax.models.summary":
         assert {room(other) for other in inside(imports_of(name), "segjax")} <= {"", "models", "layers"}
         assert inside(imports_of(name), "segjax.kernels") == set()
 
 
 # What changes the process, which no library call may do.
-def test_only_commands_and_benchmarks_set_the_process_up():
+def test_only_commands_and_benchmarks_set_up_the_process():
     for name in MODULES:
         if room(name) not in ("commands", "benchmark", "__main__"):
             assert "segjax.runtime.environment" not in imports_of(name), name
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_nothing_slow_or_optional_is_imported_with_a_module(name):
+def test_no_module_imports_slow_or_optional_packages_at_the_top(name):
     needs_torch = room(name) == "torch_reference" or name in ("segjax.exports.onnx", "segjax.exports.torch_program")
     late = [package for package in LATE if not (needs_torch and package == "torch")]
     assert inside(imports_of(name, only_module_level=True), *late) == set()
 
 
-def test_configs_import_recipes_only():
+def test_configs_import_only_recipes():
     paths = sorted((REPO / "configs").glob("*.py"))
     assert len(paths) >= 5
     for path in paths:
@@ -209,7 +209,7 @@ def test_configs_import_recipes_only():
         assert found - inside(found, "segjax.recipes") == set(), path
 
 
-def test_torch_is_imported_at_module_level_by_references_and_parity_only():
+def test_only_references_and_parity_import_torch_at_module_level():
     found = set()
     for path in REPO.rglob("*.py"):
         parts = path.relative_to(REPO).parts
@@ -226,7 +226,7 @@ def test_no_test_in_this_folder_needs_torch():
 
 
 @pytest.mark.parametrize("module", ["segjax", "segjax.train.loop", "segjax.data.streets", "segjax.checkpoints.files"])
-def test_importing_segjax_brings_in_nothing_slow_or_optional(module):
+def test_importing_segjax_imports_nothing_slow_or_optional(module):
     code = f"import sys, {module}; print(*sorted(set({LATE!r}) & set(sys.modules)))"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)

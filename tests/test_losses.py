@@ -112,7 +112,7 @@ def test_the_sum_keeps_the_dtype_of_the_logits(float64):
 
 
 @pytest.mark.parametrize("classes", [1, 4])
-def test_ignored_pixels_have_no_part_in_the_loss_nor_in_the_gradient(classes, float64):
+def test_ignored_pixels_do_not_affect_the_loss_or_the_gradient(classes, float64):
     logits, labels = draw(2, (5, 6), (5, 6), classes=classes)
     ignored = labels == 255
     assert ignored.any()
@@ -123,7 +123,7 @@ def test_ignored_pixels_have_no_part_in_the_loss_nor_in_the_gradient(classes, fl
 
 
 @pytest.mark.parametrize("classes", [1, 6])
-def test_a_batch_of_ignored_pixels_alone_has_loss_count_and_gradient_zero(classes):
+def test_a_batch_of_only_ignored_pixels_has_zero_loss_count_and_gradient(classes):
     logits, labels = draw(3, (3, 5), (9, 20), classes=classes)
     labels[:] = 255
     (total, count), gradient = loss_and_gradient(logits.astype(np.float32), labels, ignore_label=255)
@@ -168,14 +168,14 @@ def test_a_binary_model_has_the_loss_and_gradient_of_the_logistic_function(small
 @pytest.mark.parametrize(
     "label, logit, loss, slope", [(1, 1e4, 0, 0), (1, -1e4, 1e4, -1), (0, 1e4, 1e4, 1), (0, -1e4, 0, 0)]
 )
-def test_extreme_binary_logits_neither_overflow_nor_lose_their_gradient(label, logit, loss, slope):
+def test_extreme_binary_logits_neither_overflow_nor_lose_the_gradient(label, logit, loss, slope):
     logits, labels = jnp.full((2, 3, 4, 1), logit), jnp.full((2, 3, 4), label, jnp.uint8)
     (value, _), gradient = loss_and_gradient(logits, labels, ignore_label=255)
     assert value == 24 * loss
     np.testing.assert_array_equal(gradient, np.full(logits.shape, slope))
 
 
-def test_extreme_logits_neither_overflow_nor_lose_their_gradient():
+def test_extreme_logits_neither_overflow_nor_lose_the_gradient():
     logits = jnp.array([[[[1e4, -1e4, 0.0], [1e4, -1e4, 0.0]]]])  # (1, 1, 2, 3)
     labels = jnp.array([[[0, 1]]])
     (value, _), gradient = loss_and_gradient(logits, labels, ignore_label=9)
@@ -401,7 +401,7 @@ VARIATIONS = [
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize("name, settings", VARIATIONS)
-def test_each_term_is_its_published_definition(name, settings, classes, weighted, float64):
+def test_each_term_equals_its_published_definition(name, settings, classes, weighted, float64):
     weights = WEIGHTS[classes] if weighted else None
     # Also one that lies inside the range of the classes.
     ignore = 255 if weighted or classes == 1 else 2
@@ -418,7 +418,7 @@ def test_each_term_is_its_published_definition(name, settings, classes, weighted
 
 @pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize("name", TERMS)
-def test_each_term_is_its_definition_in_float32(name, classes):
+def test_each_term_equals_its_definition_in_float32(name, classes):
     logits, labels = draw_uneven(3, *SIZES[1], classes=classes)
     criterion = build({name: 1.0}, classes=classes, weights=WEIGHTS[classes])
     loss, gradient = loss_of(criterion, logits.astype(np.float32), labels)
@@ -428,7 +428,7 @@ def test_each_term_is_its_definition_in_float32(name, classes):
 
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("name, settings", VARIATIONS)
-def test_the_gradient_of_each_term_is_the_slope_of_its_definition(name, settings, classes, float64):
+def test_the_gradient_of_each_term_is_that_of_its_definition(name, settings, classes, float64):
     weights = WEIGHTS[classes]
     logits, labels = draw_uneven(4, (2, 3), (5, 6), classes=classes)
     _, gradient = loss_of(build({name: 1.0}, classes=classes, weights=weights, **settings), logits, labels)
@@ -443,7 +443,7 @@ def test_the_gradient_of_each_term_is_the_slope_of_its_definition(name, settings
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_extension_is_the_largest_over_all_orders_of_the_pixels(seed, float64):
+def test_the_lovasz_extension_is_the_maximum_over_all_orders_of_pixels(seed, float64):
     # Of a submodular set function, as Berman et al. show that the Jaccard loss is one.
     rng = np.random.default_rng(seed)
     errors, truth = rng.random(6), rng.random(6) < 0.1 + 0.2 * seed
@@ -458,7 +458,7 @@ def test_the_extension_is_the_largest_over_all_orders_of_the_pixels(seed, float6
     np.testing.assert_allclose(extension(pixels, errors), largest, rtol=1e-13)
 
 
-def test_the_extension_at_a_corner_is_the_jaccard_loss_of_a_million_pixels():
+def test_the_lovasz_gradient_of_a_million_pixels_is_accurate_in_float32():
     # Where float32 differences of neighbouring Jaccard losses would keep a digit or two.
     rng = np.random.default_rng(0)
     errors = rng.permutation(2**20).astype(np.float32) / 2**20
@@ -471,7 +471,7 @@ def test_the_extension_at_a_corner_is_the_jaccard_loss_of_a_million_pixels():
 
 
 @pytest.mark.parametrize("classes", [1, 5])
-def test_terms_add_up_by_their_factors(classes, float64):
+def test_terms_are_added_with_their_factors(classes, float64):
     logits, labels = draw_uneven(5, (3, 5), (12, 20), classes=classes)
     factors = dict(zip(TERMS, (0.5, 1.5, 2.0, 0.25, 3.0, 0.75), strict=True))
     weights = WEIGHTS[classes]
@@ -486,7 +486,7 @@ def test_terms_add_up_by_their_factors(classes, float64):
 
 @pytest.mark.parametrize("ignore", [255, 2])
 @pytest.mark.parametrize("classes", [1, 5])
-def test_parts_divided_by_the_counts_of_the_whole_add_up_to_it(classes, ignore, float64):
+def test_losses_of_parts_divided_by_the_total_counts_add_up(classes, ignore, float64):
     if classes == 1 and ignore == 2:
         ignore = 11
     logits, labels = draw_uneven(6, (3, 5), (12, 20), classes=classes, ignore=ignore)
@@ -509,7 +509,7 @@ def test_parts_divided_by_the_counts_of_the_whole_add_up_to_it(classes, ignore, 
 
 
 @pytest.mark.parametrize("classes", [1, 5])
-def test_counts_are_of_weighted_pixels_or_of_labelled_images(classes):
+def test_counts_are_weighted_pixels_or_labelled_images(classes):
     _, labels = draw_uneven(7, (3, 5), (12, 20), classes=classes)
     labels[1] = 255
     every = dict.fromkeys(TERMS, 1.0)
@@ -527,7 +527,7 @@ def test_counts_are_of_weighted_pixels_or_of_labelled_images(classes):
 
 @pytest.mark.parametrize("classes", [1, 4])
 @pytest.mark.parametrize("name", TERMS)
-def test_ignored_pixels_have_no_part_in_any_term(name, classes, float64):
+def test_ignored_pixels_do_not_affect_any_term(name, classes, float64):
     logits, labels = draw_uneven(8, (5, 6), (5, 6), classes=classes)
     ignored = labels == 255
     other = np.where(ignored[..., None], 100 * logits[::-1] + 7, logits)
@@ -543,7 +543,7 @@ def test_ignored_pixels_have_no_part_in_any_term(name, classes, float64):
     "weighted, settings",
     [(False, {}), (True, {"focal_gamma": 0.3, "label_smoothing": 0.1}), (True, {"focal_gamma": 0.0})],
 )
-def test_nothing_makes_a_loss_or_gradient_that_is_not_finite(weighted, settings, classes, dtype):
+def test_losses_and_gradients_are_finite_for_all_inputs(weighted, settings, classes, dtype):
     logits, labels = draw_uneven(9, (3, 5), (6, 10), classes=classes)
     coin = np.random.default_rng(0).random(logits.shape) < 0.5
     ignored = np.full_like(labels, 255)
@@ -562,7 +562,7 @@ def test_nothing_makes_a_loss_or_gradient_that_is_not_finite(weighted, settings,
                 assert loss == 0 and not np.asarray(gradient, np.float32).any()
 
 
-def test_a_batch_of_weightless_pixels_alone_has_loss_and_gradient_zero():
+def test_a_batch_of_only_weightless_pixels_has_zero_loss_and_gradient():
     logits, _ = draw(10, (3, 5), (6, 10), classes=3)
     labels = np.full((3, 6, 10), 2, np.uint8)
     # Smoothing gives weight to the other classes, and torch divides that by zero.
@@ -573,7 +573,7 @@ def test_a_batch_of_weightless_pixels_alone_has_loss_and_gradient_zero():
     assert loss == 0 and not np.asarray(gradient).any()
 
 
-def test_narrow_logits_are_widened_before_they_are_upsampled():
+def test_bfloat16_logits_are_cast_to_float32_before_upsampling():
     logits, labels = draw(11, (3, 5), (12, 20))
     narrow = jnp.asarray(logits, jnp.bfloat16)
     criterion = build(dict.fromkeys(TERMS, 1.0), classes=5)
@@ -581,7 +581,7 @@ def test_narrow_logits_are_widened_before_they_are_upsampled():
 
 
 @pytest.mark.parametrize("classes", [1, 5])
-def test_plain_cross_entropy_is_sum_over_count_to_the_last_bit(classes):
+def test_plain_cross_entropy_is_exactly_sum_divided_by_count(classes):
     logits, labels = draw(12, (3, 5), (12, 20), classes=classes)
     logits = logits.astype(np.float32)
 
@@ -603,7 +603,7 @@ def test_equally_hard_pixels_are_all_kept():
     assert (np.asarray(gradient) != 0).all()
 
 
-def test_a_focal_loss_of_exponent_0_is_cross_entropy(float64):
+def test_a_focal_loss_with_exponent_0_is_cross_entropy(float64):
     for classes in (1, 5):
         logits, labels = draw(13, (3, 5), (12, 20), classes=classes)
         pair = [
@@ -658,7 +658,7 @@ def test_ohem_groups_and_the_overall_mean_do_not_depend_on_devices(kind, number,
     assert abs(loss - other) > 1e-3
 
 
-def test_a_group_that_no_pixel_of_is_hard_has_loss_and_gradient_zero(float64):
+def test_a_group_without_hard_pixels_has_zero_loss_and_gradient(float64):
     # All true classes have the same probability, 0.9 or more: HRNet's own has NaN here.
     logits, labels = np.zeros((4, 3, 5, 2)), np.zeros((4, 3, 5), np.uint8)
     logits[:2, ..., 0] = 3
@@ -679,7 +679,7 @@ def test_images_that_do_not_divide_into_groups_are_refused():
     assert build(CROSS_ENTROPY, classes=5, ohem_images=3).counts(labels) == (labels != 255).sum()
 
 
-def test_the_loss_of_auxiliary_logits_is_the_same_or_cross_entropy_only():
+def test_the_loss_of_auxiliary_logits_is_the_same_or_only_cross_entropy():
     settings = dict(classes=5, weights=WEIGHTS[5], mean_over="all", label_smoothing=0.1)
     factors = {"cross_entropy": 0.5, "ohem": 2.0, "dice": 0.3}
     same, other = (build(factors, aux=aux, **settings) for aux in ("same", "cross_entropy"))
@@ -702,7 +702,7 @@ CROSS_ENTROPY = {"cross_entropy": 1.0}
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("ignore", [255, 2])
 @pytest.mark.parametrize("small, factors", [((6, 5), (2, 4)), ((6, 1), (3, 1)), ((6, 3), (1, 5)), ((6, 4), (1, 1))])
-def test_in_row_tiles_loss_and_gradient_are_those_of_numpy(small, factors, ignore, rows, float64, monkeypatch):
+def test_in_row_tiles_loss_and_gradient_equal_numpys(small, factors, ignore, rows, float64, monkeypatch):
     large = small[0] * factors[0], small[1] * factors[1]
     logits, labels = draw(15 + rows, small, large, ignore=ignore)
     labels[1] = ignore
@@ -722,7 +722,7 @@ def test_in_row_tiles_loss_and_gradient_are_those_of_numpy(small, factors, ignor
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS[3]])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_in_row_tiles_only_ignored_pixels_give_loss_and_gradient_zero(dtype, weights, in_row_tiles):
+def test_in_row_tiles_only_ignored_pixels_give_zero_loss_and_gradient(dtype, weights, in_row_tiles):
     logits, labels = draw(16, (3, 5), (12, 20), classes=3)
     labels[:] = 255
     loss, gradient = loss_of(build(CROSS_ENTROPY, classes=3, weights=weights), jnp.asarray(logits, dtype), labels)
@@ -742,7 +742,7 @@ def test_in_row_tiles_extreme_logits_keep_their_gradient(in_row_tiles):
 
 
 @pytest.mark.parametrize("classes", [2, 40])
-def test_in_row_tiles_extreme_logits_of_both_signs_give_what_numpy_gives(classes, in_row_tiles):
+def test_in_row_tiles_extreme_logits_of_both_signs_equal_numpy(classes, in_row_tiles):
     logits, labels = draw(17, (4, 3), (32, 24), classes=classes)
     logits = np.where(logits > 0, 1e4, -1e4).astype(np.float32)
     assert kernels_cross_entropy.pays(logits, (32, 24))
@@ -757,7 +757,7 @@ def test_in_row_tiles_extreme_logits_of_both_signs_give_what_numpy_gives(classes
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-def test_in_row_tiles_narrow_logits_are_widened_before_they_are_upsampled(in_row_tiles):
+def test_in_row_tiles_bfloat16_logits_are_cast_before_upsampling(in_row_tiles):
     logits, labels = draw(11, (3, 5), (12, 20))
     narrow, criterion = jnp.asarray(logits, jnp.bfloat16), build(CROSS_ENTROPY, classes=5)
     (loss, gradient), (expected, slope) = (loss_of(criterion, x, labels) for x in (narrow, narrow.astype(jnp.float32)))
@@ -782,7 +782,7 @@ def test_row_tiles_need_whole_factors_several_classes_and_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("context", [published_implementations, lambda: meant_for("cuda")])
-def test_the_loss_goes_through_row_tiles_on_a_cpu_only(context, monkeypatch):
+def test_the_loss_uses_row_tiles_only_on_a_cpu(context, monkeypatch):
     def refuse(*_):
         raise AssertionError("in row tiles")
 
@@ -796,7 +796,7 @@ def test_the_loss_goes_through_row_tiles_on_a_cpu_only(context, monkeypatch):
         criterion.total(logits, labels, criterion.counts(labels))
 
 
-def test_a_band_is_as_many_rows_as_fit_and_divide_the_height(monkeypatch):
+def test_a_row_tile_has_the_most_rows_that_fit_and_divide_the_height(monkeypatch):
     one_row = 2 * 4 * 20 * 3 * 4
     for height, fit, rows in ((6, 1, 1), (6, 2, 2), (6, 5, 3), (6, 6, 6), (7, 6, 1), (7, 7, 7), (12, 5, 4)):
         monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", fit * one_row)
@@ -813,7 +813,7 @@ NOT_IN_BANDS = [
 
 
 @pytest.mark.parametrize("large, classes, factors, settings", NOT_IN_BANDS)
-def test_any_other_loss_is_computed_at_once(large, classes, factors, settings, monkeypatch):
+def test_other_losses_are_computed_without_row_tiles(large, classes, factors, settings, monkeypatch):
     logits, labels = draw(18, (3, 5), large, classes=classes)
     logits, criterion = logits.astype(np.float32), build(factors, classes=classes, **settings)
 
@@ -865,7 +865,7 @@ def test_a_loss_without_any_term_is_refused():
 
 
 @pytest.mark.parametrize("name", [*TERMS, *SETTINGS])
-def test_a_loss_without_one_of_its_settings_is_refused_by_name(name):
+def test_a_missing_setting_of_a_loss_is_refused_by_name(name):
     settings = dict.fromkeys(TERMS, 1.0) | SETTINGS
     del settings[name]
     with pytest.raises(ValueError, match=f"loss.{name} is missing"):
@@ -892,7 +892,7 @@ def test_all_settings_out_of_range_are_in_one_error(wrong):
 
 
 @pytest.mark.parametrize("name", [*TERMS, *SETTINGS])
-def test_the_loss_and_the_schema_of_a_config_allow_the_same_values(name):
+def test_the_loss_and_the_config_schema_allow_the_same_values(name):
     settings = dict.fromkeys(TERMS, 1.0) | SETTINGS
     words = ("1", "all", "labelled", "same", "cross_entropy")
     for value in (-1.0, -1e-6, 0.0, 0.5, 1.0, 1.0001, 7.0, 3, -3, math.inf, math.nan, *words, None, True):
@@ -952,7 +952,7 @@ def draw_regions(seed, *, classes, size=(42, 51), batch=3, ignore=255):
 
 
 @pytest.mark.parametrize("classes, ignore", [(1, 255), (4, 255), (4, 2)])
-def test_rmi_is_its_published_definition_and_slope(classes, ignore, float64):
+def test_rmi_and_its_gradient_equal_the_published_definition(classes, ignore, float64):
     criterion = build({"rmi": 0.5}, classes=classes, ignore=ignore)
     for seed in (0, 1):
         logits, labels = draw_regions(seed, classes=classes, ignore=ignore)
@@ -968,7 +968,7 @@ def test_rmi_is_its_published_definition_and_slope(classes, ignore, float64):
 
 
 @pytest.mark.parametrize("classes", [1, 5])
-def test_rmi_in_float32_is_its_definition(classes):
+def test_rmi_in_float32_equals_its_definition(classes):
     criterion = build({"rmi": 1.0}, classes=classes)
     logits, labels = draw_regions(2, classes=classes, size=(45, 55))
     loss, gradient = loss_of(criterion, logits.astype(np.float32), labels)
@@ -977,7 +977,7 @@ def test_rmi_in_float32_is_its_definition(classes):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rmi_and_its_gradient_are_those_of_a_published_package(seed, float64):
+def test_rmi_and_its_gradient_equal_those_of_a_published_package(seed, float64):
     # See parity/record_rmi.py.
     with np.load(Path(__file__).with_name("rmi.npz")) as recorded:
         logits, labels = recorded[f"logits{seed}"].astype(np.float64), recorded[f"labels{seed}"]
@@ -988,7 +988,7 @@ def test_rmi_and_its_gradient_are_those_of_a_published_package(seed, float64):
     np.testing.assert_allclose(gradient, slope, atol=1e-7 * np.abs(slope).max())
 
 
-def test_rmi_falls_as_predictions_take_the_structure_of_the_labels():
+def test_rmi_decreases_as_predictions_get_the_structure_of_the_labels():
     logits, labels = draw_regions(3, classes=4)
     criterion = build({"rmi": 1.0}, classes=4)
     right = 6.0 * (labels[:, 2::5, 2::5, None] == np.arange(4)) - 3
@@ -1015,7 +1015,7 @@ def test_rmi_of_structure_without_noise_is_finite_in_float32(classes, dtype):
 
 
 @pytest.mark.parametrize("classes", [1, 4])
-def test_rmi_of_parts_adds_up_and_does_not_read_ignored_pixels(classes, float64):
+def test_rmi_of_parts_adds_up_and_ignores_ignored_pixels(classes, float64):
     logits, labels = draw_regions(4, classes=classes, size=(24, 29), batch=4)
     # As large as the labels, so that an ignored pixel is a pixel of the logits.
     logits = upsampled(logits, labels.shape[1:])
@@ -1034,7 +1034,7 @@ def test_rmi_of_parts_adds_up_and_does_not_read_ignored_pixels(classes, float64)
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
-def test_rmi_of_four_devices_is_that_of_one(kind, float64):
+def test_rmi_on_four_devices_equals_that_on_one(kind, float64):
     logits, labels = draw_regions(5, classes=3, size=(12, 21), batch=4)
     labels[3] = 255
     assert_devices_equal_one(kind, build({"rmi": 0.5, "cross_entropy": 0.5}, classes=3), logits, labels)
@@ -1081,7 +1081,7 @@ def pixel_wise_by_hand(student, teacher, temperature):
 
 @pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize("factors, temperature", [((3.0, 0.0), 4.0), ((0.0, 0.5), 2.0), ((1.5, 0.25), 1.0)])
-def test_divergences_from_a_teacher_are_their_published_definitions(factors, temperature, classes, float64):
+def test_divergences_from_a_teacher_equal_their_published_definitions(factors, temperature, classes, float64):
     rng = np.random.default_rng(classes)
     student, teacher = 3 * rng.standard_normal((2, 3, 4, 6, classes))
     loss = losses.Divergence(*factors, temperature=temperature)
@@ -1161,7 +1161,7 @@ def test_inverse_sqrt_is_one_over_the_root_of_the_share_of_all_pixels():
         class_weights.class_weights("inverse_sqrt", specs.CAMVID)
 
 
-def test_weights_by_median_frequency_are_of_the_labels_of_the_data_set():
+def test_median_frequency_weights_come_from_the_labels_of_the_dataset():
     pixels = np.random.default_rng(0).integers(1, 1000, (4, 11))
     weights = class_weights.class_weights("median_frequency", specs.CAMVID, pixels)
     assert weights == tuple(class_weights.median_frequency(pixels)) and len(weights) == 11
@@ -1178,7 +1178,7 @@ def test_the_weight_of_a_binary_dataset_balances_the_background():
     assert class_weights.class_weights((3,), spec) == (3.0,)
 
 
-def test_weights_of_cityscapes_are_for_its_classes_alone():
+def test_weights_of_cityscapes_are_only_for_its_classes():
     weights = class_weights.class_weights("cityscapes", specs.STREETS)
     assert len(weights) == 19 and (weights[0], weights[9], weights[18]) == (0.8373, 1.0023, 1.0507)
     assert 1 < np.mean(weights) < 1.002
@@ -1187,7 +1187,7 @@ def test_weights_of_cityscapes_are_for_its_classes_alone():
 
 
 @pytest.mark.parametrize("choice", [None, ""])
-def test_no_choice_is_no_weights(choice):
+def test_no_choice_gives_no_weights(choice):
     assert class_weights.class_weights(choice, specs.CAMVID) is None
 
 

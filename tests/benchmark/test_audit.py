@@ -20,7 +20,7 @@ def split_of(seed, number=30, size=(60, 45)):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_twentieth_of_the_regions_gets_another_class_as_a_whole(seed):
+def test_five_percent_of_the_regions_are_relabelled_completely(seed):
     records = split_of(seed)
     found = audit.Relabelled(records, SPEC, seed)
     assert found.number == 90 and found.changed == round(0.05 * 90)
@@ -39,7 +39,7 @@ def test_a_twentieth_of_the_regions_gets_another_class_as_a_whole(seed):
     np.testing.assert_array_equal(audit.Relabelled(records, SPEC, seed)[0][1], found[0][1])
 
 
-def test_a_relabelled_region_counts_once_and_only_by_most_of_a_region():
+def test_a_relabelled_region_counts_once_if_it_covers_most_of_a_region():
     assert audit.hit_of(3, np.array([7, 7, 0])) == (3, 7)
     assert audit.hit_of(3, np.array([7, 7, 0, 0])) is None and audit.hit_of(3, np.array([0, 0, 7])) is None
     hits = [(0, 1), (0, 1), None, (1, 1)]

@@ -29,7 +29,7 @@ def record(models=("segformer_b0", "hrnet_w18"), sizes=SIZES, modes=("infer", "t
     return {"device": "cpu", "date": "2026-11-30", "results": results}
 
 
-def test_time_is_that_of_a_megapixel_in_the_order_of_the_sizes():
+def test_times_are_per_megapixel_in_ascending_order_of_size():
     found = list(curves(record(), "infer"))
     assert [(curve.model, curve.contender) for curve in found] == [
         ("segformer_b0", "segjax"),
@@ -53,14 +53,14 @@ def test_the_command_draws_a_record(modes, panels, tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {tmp_path / 'sizes.png'}\n"
 
 
-def test_one_size_is_no_chart(tmp_path, capsys):
+def test_a_chart_needs_two_sizes(tmp_path, capsys):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(record(sizes=SIZES[:1])))
     assert benchmark.main(["--chart", str(path)]) == 2
     assert "two sizes" in " ".join(capsys.readouterr().err.split()) and not path.with_suffix(".png").exists()
 
 
-def test_the_table_of_sizes_has_sizes_that_are_no_powers_of_two():
+def test_the_table_of_sizes_has_sizes_that_are_not_powers_of_two():
     rows = TABLES["sizes"]
     for mode, sizes in (("infer", {(360, 480), (720, 1280), (1080, 1920)}), ("train", {(640, 640), (512, 1024)})):
         for model in {row.model for row in rows}:

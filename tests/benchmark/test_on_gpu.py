@@ -47,13 +47,13 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(three, tmp
     assert (tmp_path / "good.json").read_text() == "once once "
 
 
-def test_nothing_runs_where_there_is_no_gpu(monkeypatch, tmp_path, capsys):
+def test_nothing_runs_without_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(on_gpu.recorded, "has_gpu", lambda: False)
     assert on_gpu.main(["--output", str(tmp_path / "new")]) == 2
     assert "no GPU" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-def test_every_part_has_flags_that_its_command_takes(monkeypatch, capsys):
+def test_every_part_uses_flags_that_its_command_accepts(monkeypatch, capsys):
     for name, found in on_gpu.parts(Path("camvid")).items():
         for words in (found.words, found.rehearsal):
             assert words[:2] == (sys.executable, "-m"), name
@@ -68,7 +68,7 @@ def test_every_part_has_flags_that_its_command_takes(monkeypatch, capsys):
             assert all(word in taken for word in words[3:] if word.startswith("--")), (name, words)
 
 
-def test_measured_times_stand_next_to_those_of_the_roofline(tmp_path):
+def test_measured_times_are_listed_next_to_the_roofline(tmp_path):
     def function(x, w):
         return jnp.sum(jnp.tanh(x @ w), axis=1)
 
@@ -86,7 +86,7 @@ def test_measured_times_stand_next_to_those_of_the_roofline(tmp_path):
     assert max(map(len, gpu_profile.report(found))) <= 80
 
 
-def test_of_a_device_only_its_streams_count(tmp_path):
+def test_only_the_streams_of_a_device_are_counted(tmp_path):
     def named(kind, name, **ids):
         return {"ph": "M", "name": kind, "args": {"name": name}, **ids}
 
@@ -112,7 +112,7 @@ def test_the_kernel_that_loses_most_comes_first():
     assert found["kernels"][-1]["milliseconds"] == pytest.approx(0.5) and found["unmatched_ms"] == pytest.approx(2000)
 
 
-def test_runs_are_deterministic_where_their_hashes_are_equal(monkeypatch):
+def test_runs_are_deterministic_if_their_hashes_are_equal(monkeypatch):
     hashes = iter(["a", "b", "c", "c"])
 
     def run(function, name, size, batch, flag):

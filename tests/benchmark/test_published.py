@@ -53,7 +53,7 @@ def test_rows_of_given_datasets_are_measured_once_and_failures_again(evaluated, 
 
 
 @pytest.mark.parametrize("word", ["loveda", "loveda=", "imagenet=a", "=a"])
-def test_a_word_that_is_no_dataset_with_a_folder_is_refused(word, tmp_path, capsys):
+def test_an_argument_other_than_dataset_and_folder_is_refused(word, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         published.main(["--data", word, "--json", str(tmp_path / "r.json")])
     assert "--data takes DATASET=DIR with DATASET one of ade20k" in " ".join(capsys.readouterr().err.split())

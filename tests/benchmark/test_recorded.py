@@ -22,13 +22,13 @@ from tests.tiny import SIZES
 # ------------------------------------------------------------------------------------------------------------- machine
 
 
-def test_what_runs_in_a_process_runs_in_another_and_its_error_comes_back():
+def test_a_function_runs_in_another_process_and_its_error_is_raised_here():
     assert recorded.in_a_process(os.getpid) != os.getpid()
     with pytest.raises(ValueError, match="math domain error"):
         recorded.in_a_process(math.sqrt, -1.0)
 
 
-def test_the_peak_is_what_was_held_while_it_ran_alone():
+def test_the_peak_counts_only_the_memory_held_during_the_call():
     def hold(megabytes):
         return lambda: np.ones(megabytes * 2**17).sum()
 
@@ -43,7 +43,7 @@ def test_quartiles_are_numpys(values):
     np.testing.assert_allclose(quartiles(values), np.percentile(values, (50, 25, 75)))
 
 
-def test_a_record_names_the_command_and_no_folder_of_the_machine(tmp_path):
+def test_a_record_contains_the_command_without_local_paths(tmp_path):
     words = ["--source", str(tmp_path), "--steps", "3", f"--config.data.dir={tmp_path}", "~/x", "a/b"]
     record = recorded.about("benchmarks.camvid", words)
     assert record["command"] == ("python -m benchmarks.camvid --source PATH --steps 3 --config.data.dir=PATH PATH a/b")
@@ -64,7 +64,7 @@ def grown(*, time, work):
     return [row, large | {"multiply_adds": 4 * work * 10**6}]
 
 
-def test_figures_are_by_pixel_and_growth_is_the_last_over_the_first():
+def test_figures_are_per_pixel_and_growth_is_last_over_first():
     rows = grown(time=3, work=2)
     assert growth.per_pixel(rows[0]) == {
         "time, ns": 1e4,
@@ -87,7 +87,7 @@ def test_figures_are_by_pixel_and_growth_is_the_last_over_the_first():
         (1.3, 1, "grows 1.30 times as much as the work"),
     ],
 )
-def test_the_verdict_is_flat_or_the_reason(time, work, said):
+def test_the_verdict_is_flat_or_names_the_reason(time, work, said):
     rows = grown(time=time, work=work)
     assert growth.verdict(rows) == f"time per pixel {said}"
     assert f"  {growth.verdict(rows)}" in list(growth.report("hrnet_w18", rows))
@@ -99,14 +99,14 @@ def test_the_table_of_four_sizes_fits_80_columns():
 
 
 @pytest.mark.parametrize("text", ["512", "512x", "x512", "512x-1", "512xx512", "1e3x4"])
-def test_what_is_no_size_is_refused_with_an_example(text):
+def test_an_invalid_size_is_refused_with_an_example(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"is no size; write HEIGHTxWIDTH, as in 512x1024"):
         growth.size_of(text)
     assert growth.size_of("512x1024") == (512, 1024)
 
 
 @pytest.mark.slow
-def test_growth_is_measured_of_a_model(tmp_path, capsys):
+def test_growth_of_a_model_is_measured(tmp_path, capsys):
     path = tmp_path / "record.json"
     assert (
         growth.main(["--models", "segformer_b0", "--sizes", "32x64", "64x64", "--rounds", "2", "--json", str(path)])
@@ -125,12 +125,12 @@ def test_growth_is_measured_of_a_model(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- compiling
 
 
-def test_the_first_line_ends_a_command_that_would_go_on():
+def test_a_command_is_ended_after_its_first_line():
     code = "import time; print('here', flush=True); time.sleep(600)"
     assert 0 < compiling.first_line(["-c", code]) < 60
 
 
-def test_a_command_that_says_nothing_is_an_error_with_its_own_words():
+def test_a_command_without_output_is_an_error_with_its_stderr():
     with pytest.raises(RuntimeError, match="said nothing:\nwhat is wrong"):
         compiling.first_line(["-c", "import sys; sys.exit('what is wrong')"])
 
@@ -170,7 +170,7 @@ def test_the_second_compilation_comes_from_the_cache(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- feeding
 
 
-def test_what_happens_between_two_records_is_found_from_their_means(monkeypatch):
+def test_rates_between_two_records_follow_from_their_means(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     meter, waited, found = progress.Meter(8), 0.0, {}
@@ -191,14 +191,14 @@ def test_a_run_in_memory_never_waits():
     assert feeding.between(*records) == {"waiting": 0.0, "rate": 4.0, "consumed": 4.0}
 
 
-def test_a_line_that_is_half_written_is_left_for_later(tmp_path):
+def test_an_incomplete_line_is_read_later(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert feeding.records(path) == {}
     path.write_text('{"step": 5, "waiting": 0.5}\n{"step": 10, "wai')
     assert feeding.records(path) == {5: {"step": 5, "waiting": 0.5}}
 
 
-def test_what_is_fed_is_what_the_settings_say(tmp_path):
+def test_images_are_fed_as_specified_by_the_settings(tmp_path):
     cases = feeding.cases(tmp_path, tmp_path, tmp_path, "float32")
     assert len(cases) == 3
     for name, (argument, changes) in cases.items():
@@ -211,7 +211,7 @@ def test_what_is_fed_is_what_the_settings_say(tmp_path):
         assert feeding.WARM % config.train.log_every == 0 and config.train.steps > 10**5
 
 
-def test_the_images_that_are_drawn_can_be_trained_on(tmp_path):
+def test_generated_images_can_be_trained_on(tmp_path):
     feeding.draw_images(tmp_path / "large", size=(32, 64), number=3)
     prepared = builders.prepare("folder", source=str(tmp_path / "large"), data_dir=str(tmp_path / "data"))
     records = prepared.records("train")
@@ -221,7 +221,7 @@ def test_the_images_that_are_drawn_can_be_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(feeding.OFFICIAL))
-def test_batches_of_official_sizes_come_in_every_way(name, tmp_path, monkeypatch):
+def test_batches_of_official_sizes_are_read_in_every_way(name, tmp_path, monkeypatch):
     kind = feeding.OFFICIAL[name]
     small = kind._replace(
         size=(48, 96), crop=(32, 64), number=5, base_size=None if kind.base_size is None else (96, 64)
@@ -243,7 +243,7 @@ def test_batches_of_official_sizes_come_in_every_way(name, tmp_path, monkeypatch
     assert list(map(type, made)) == [kinds[way] for way in feeding.WAYS]
 
 
-def test_cores_are_counted_from_images_per_second():
+def test_the_number_of_cores_follows_from_images_per_second():
     results = {name: {"decoded": 40.0, "cut": 200.0, "gathered": 1000.0} for name in feeding.OFFICIAL}
     models = feeding.needed(feeding.ROOFLINE)
     assert models["segformer_b0"] == pytest.approx(32e3 / 14.0, rel=0.02)
@@ -251,7 +251,7 @@ def test_cores_are_counted_from_images_per_second():
     assert lines[-1].split() == ["segformer_b0", "2000", "100.0", "20.0"] and max(map(len, lines)) <= 80
 
 
-def test_a_run_that_ends_before_it_is_measured_is_an_error_with_its_output(tmp_path):
+def test_a_run_that_ends_too_early_is_an_error_with_its_output(tmp_path):
     argument, changes = "b0,camvid", {"data.source": str(tmp_path / "absent"), "data.dir": str(tmp_path)}
     with pytest.raises(RuntimeError, match=r"ended with 2:\n(.|\n)*absent"):
         feeding.trained(argument, changes, 5, 5, tmp_path)
@@ -334,7 +334,7 @@ def test_a_finished_seed_is_evaluated_again_only_after_more_training(called, tmp
     assert camvid.of_seed(options(tmp_path), 3, "float32")["step"] == 9 and len(called) == 3
 
 
-def test_steps_are_those_of_the_run_on_crops_only(called, tmp_path):
+def test_the_steps_option_applies_only_to_the_training_on_crops(called, tmp_path):
     run = options(tmp_path)
     run.variant, run.steps = "small", 11
     camvid.of_seed(run, 3, "float32")
@@ -344,7 +344,7 @@ def test_steps_are_those_of_the_run_on_crops_only(called, tmp_path):
     ]
 
 
-def test_flags_behind_two_dashes_come_last_and_reach_the_training_alone(called, tmp_path):
+def test_flags_after_two_dashes_come_last_and_reach_only_the_training(called, tmp_path):
     camvid.of_seed(options(tmp_path, "--config.train.steps=7"), 3, "bfloat16")
     assert called[0][-1] == "--config.train.steps=7" and "--config.seed=3" in called[0]
     assert "--config.model.dtype=bfloat16" in called[0]
@@ -367,7 +367,7 @@ def test_small_models_are_trained_a_second_time_on_whole_images(called, tmp_path
     ]
 
 
-def test_a_training_that_fails_ends_it_with_its_status(monkeypatch, tmp_path, capsys):
+def test_a_failed_training_ends_the_benchmark_with_its_status(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(recorded, "has_gpu", lambda: False)
     monkeypatch.setattr(camvid, "training", lambda *_, **__: [sys.executable, "-c", "raise SystemExit(130)"])
     path = tmp_path / "record.json"
@@ -375,7 +375,7 @@ def test_a_training_that_fails_ends_it_with_its_status(monkeypatch, tmp_path, ca
     assert "the same command again goes on from there" in capsys.readouterr().err and not path.exists()
 
 
-def test_the_record_has_no_folder_of_the_machine(called, monkeypatch, tmp_path):
+def test_the_record_contains_no_local_paths(called, monkeypatch, tmp_path):
     monkeypatch.setattr(recorded, "has_gpu", lambda: False)
     config = {"seed": 0, "data": {"source": str(tmp_path)}, "init": {"checkpoint": str(tmp_path / "first-run")}}
     monkeypatch.setattr(camvid, "of_seed", lambda *_: {**RUNS[0], "config": config})
@@ -387,7 +387,7 @@ def test_the_record_has_no_folder_of_the_machine(called, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["w48_ocr", "w18", "small"])
-def test_the_recipe_of_camvid_leaves_that_of_other_data_alone(variant):
+def test_the_camvid_recipe_does_not_change_those_of_other_data(variant):
     config = hrnet.get_config(f"{variant},camvid")
     assert (config.loss.dice, config.loss.class_weights, config.train.ema) == (1.0, "inverse_sqrt", 0.999)
     for dataset in ("streets", "cityscapes", "folder"):

@@ -34,7 +34,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("text, fault", DAMAGED.items())
-def test_a_damaged_record_is_refused_by_file_and_key(text, fault, tmp_path, capsys):
+def test_a_damaged_record_is_refused_with_file_and_key(text, fault, tmp_path, capsys):
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(UnreadableError) as error:
@@ -44,14 +44,14 @@ def test_a_damaged_record_is_refused_by_file_and_key(text, fault, tmp_path, caps
     assert "record.json" in capsys.readouterr().err
 
 
-def test_a_whole_record_becomes_a_table(tmp_path):
+def test_an_intact_record_becomes_a_table(tmp_path):
     path = tmp_path / "record.json"
     path.write_text(record(contenders=[TIMED, TIMED | {"name": "torch", "ours_over_theirs": [0.5]}, {"failed": "no"}]))
     assert list(markdown(read_record(path)))[-1] == "| `segformer_b0` | infer 1x32x64 | 2.00 | 0.50 |"
 
 
 @pytest.mark.parametrize("load, warned", [(0.2, False), (7.0, True)])
-def test_a_loaded_machine_is_one_line(load, warned, monkeypatch):
+def test_a_loaded_machine_is_reported_in_one_line(load, warned, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(benchmark, "cores", lambda: 4)
     line = benchmark._load_of_others()

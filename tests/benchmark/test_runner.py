@@ -70,7 +70,7 @@ def test_ctrl_c_ends_a_benchmark_and_its_contenders_with_one_line(tmp_path):
     assert has_ended(contender)
 
 
-def test_a_contender_ends_with_a_command_that_is_killed(tmp_path):
+def test_a_contender_ends_when_its_command_is_killed(tmp_path):
     process, contender = started(tmp_path)
     process.kill()
     assert has_ended(contender)

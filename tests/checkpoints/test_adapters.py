@@ -133,7 +133,7 @@ def test_our_file_has_the_names_and_shapes_that_peft_gives(recorded, base, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_adapters_of_every_family_come_back(family, tmp_path):
+def test_adapters_of_every_family_are_read_back(family, tmp_path):
     model = tiny_model(1, family)
     layers = [name for name, may in lora.adaptable(model).items() if may]
     head = layers[-1]
@@ -146,7 +146,7 @@ def test_the_adapters_of_every_family_come_back(family, tmp_path):
     assert_holds(found.model, merged)
 
 
-def test_the_base_may_be_of_any_kind(tmp_path, caplog):
+def test_the_base_may_have_any_format(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "segjax")
     model = tiny_model(1, block_norm_eps=1e-4)
     decoder = {name.rpartition(".")[0] for name in named_variables(model) if name.startswith("decode_head")}
@@ -178,7 +178,7 @@ def test_the_base_may_be_of_any_kind(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_another_base_than_that_of_the_adapter_is_reported(tmp_path, caplog):
+def test_a_base_other_than_that_of_the_adapter_is_reported(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "segjax")
     model = tiny_model(1)
     adapters, arrays, _ = adapted(model, ["backbone.block1.0.attn.q"])
@@ -192,7 +192,7 @@ def test_another_base_than_that_of_the_adapter_is_reported(tmp_path, caplog):
     assert "base.safetensors is not the file that the adapter lora was trained on" in caplog.text
 
 
-def test_a_narrow_base_is_not_rounded_again(tmp_path):
+def test_a_half_precision_base_is_not_rounded_again(tmp_path):
     weights = {key: value.astype(np.float16) for key, value in to_torch(tiny_model(1)).items() if value.ndim}
     np.savez(tmp_path / "half.npz", **weights)
     model = load(tmp_path / "half.npz").model
@@ -214,7 +214,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_forms_that_are_more_than_a_product_are_refused_by_name(recorded, name):
+def test_unsupported_kinds_of_adapters_are_refused_by_name(recorded, name):
     path = recorded / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: OTHERS[name]}))
     with pytest.raises(CheckpointError, match=rf"an adapter with {name}, .*merge_and_unload"):
@@ -234,6 +234,6 @@ def test_an_adapter_replaces_only_an_adapter(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
-def test_layers_are_found_in_models_of_which_only_shapes_are_known():
+def test_layers_are_found_in_models_of_shapes_only():
     found = lora.adaptable(abstract_family("segformer"))
     assert found["backbone.block1.0.attn.kv"] and not found["backbone.block1.0.mlp.dwconv.dwconv"]

@@ -32,7 +32,7 @@ FAMILY_OF_TINY = {
 
 @pytest.mark.parametrize("channels", [13])
 @pytest.mark.parametrize("key_format", KEY_FORMATS, ids=lambda each: f"{each.dialect}, {each.family}")
-def test_every_key_format_tells_the_channels(key_format, channels):
+def test_channels_are_inferred_in_every_key_format(key_format, channels):
     model = tiny_model(1, FAMILY_OF_TINY[key_format.family], in_channels=channels)
     weights = to_torch(model, dialect=key_format.dialect)
     # What no weights contain.
@@ -44,13 +44,13 @@ def test_every_key_format_tells_the_channels(key_format, channels):
     assert all(np.array_equal(again[key], weights[key]) for key in weights)
 
 
-def test_three_channels_leave_no_trace():
+def test_three_channels_are_not_stored_as_an_override():
     model = segjax.from_torch(to_torch(tiny_model(1)))
     assert "in_channels" not in dict(model.spec.overrides)
 
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])
-def test_metadata_keeps_channels_and_normalisation(tmp_path, suffix):
+def test_channels_and_normalisation_are_stored_in_the_metadata(tmp_path, suffix):
     model = tiny_model(2, in_channels=4)
     about = {"normalisation": {"mean": [1.0, 2.0, 3.0, 4.0], "std": [5.0, 6.0, 7.0, 8.0]}, "image_dtype": "uint16"}
     write_checkpoint(tmp_path / f"m{suffix}", model, dialect="native", metadata=about)
@@ -76,7 +76,7 @@ def test_other_channels_without_normalisation_keep_their_values(tmp_path, caplog
     assert (bare.mean, bare.std) == ((0, 0), (1, 1))
 
 
-def test_a_normalisation_of_other_channels_is_a_contradiction(tmp_path):
+def test_a_normalisation_for_another_number_of_channels_is_refused(tmp_path):
     about = {"normalisation": {"mean": [1.0] * 3, "std": [2.0] * 3}}
     write_checkpoint(tmp_path / "m.safetensors", tiny_model(2, in_channels=4), dialect="native", metadata=about)
     with pytest.raises(CheckpointError, match=r"normalisation has 3 numbers .* images of 4 channels"):
@@ -110,7 +110,7 @@ def test_folders_of_transformers_have_num_channels(tmp_path, channels):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_filters_are_summed_for_one_channel_and_else_repeated_in_turn(seed):
+def test_filters_are_summed_for_one_channel_and_otherwise_repeated(seed):
     weight = np.random.default_rng(seed).normal(size=(6, 3, 7, 5)).astype(np.float32)
     red, green, blue = np.moveaxis(weight, 1, 0)
     np.testing.assert_allclose(adapted_stem(weight, 1)[:, 0], red + green + blue, rtol=1e-5, atol=1e-6)
@@ -141,12 +141,12 @@ def test_a_run_starts_from_rgb_weights_whose_first_convolution_is_adapted(family
         np.testing.assert_allclose(new[:, :, channel], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_settings_of_a_run_do_not_take_on_the_channels_of_a_checkpoint():
+def test_settings_of_a_run_do_not_take_the_channels_of_a_checkpoint():
     found = read_settings(Checkpoint.of(to_torch(tiny_model(1, in_channels=4))), "segformer_b0")
     assert "dims" in found.known and "in_channels" not in found.known | found.assumed
 
 
-def test_other_channels_than_three_are_not_adapted_but_may_stay_random():
+def test_non_rgb_weights_are_not_adapted_but_may_stay_random():
     weights, model = to_torch(tiny_model(1, in_channels=13)), tiny_model(2, in_channels=4)
     with pytest.raises(CheckpointError, match="takes 13 channels, and the images have 4") as caught:
         initialize(model, Checkpoint.of(weights))
@@ -158,6 +158,6 @@ def test_other_channels_than_three_are_not_adapted_but_may_stay_random():
     assert np.array_equal(to_torch(model)["backbone.block1.0.norm1.bias"], weights["backbone.block1.0.norm1.bias"])
 
 
-def test_weights_are_never_adapted_when_they_are_only_loaded():
+def test_load_torch_never_adapts_weights():
     with pytest.raises(CheckpointError, match=r"checkpoint \(4, 3, 7, 7\), model \(4, 4, 7, 7\)"):
         segjax.load_torch(tiny_model(2, in_channels=4), to_torch(tiny_model(1)))

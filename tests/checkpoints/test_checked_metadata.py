@@ -83,7 +83,7 @@ def changed(place, value):
         *((f"normalisation.{key}", value, f"normalisation.{key}") for key, value in NORMALISATIONS),
     ],
 )
-def test_metadata_that_cannot_be_is_refused_by_its_key(place, value, word):
+def test_invalid_metadata_are_refused_with_their_key(place, value, word):
     with pytest.raises(UnreadableError, match="FILE") as caught:
         metadata.checked_metadata(changed(place, value), name="FILE")
     assert word in str(caught.value)
@@ -93,20 +93,20 @@ def test_metadata_that_cannot_be_is_refused_by_its_key(place, value, word):
     ("place", "value"),
     [("provenance.source", None), ("provenance", 5), ("provenance.made_from.step", "x"), ("licence", 3)],
 )
-def test_what_nothing_depends_on_is_omitted_and_named(caplog, place, value):
+def test_invalid_entries_that_nothing_depends_on_are_omitted_and_named(caplog, place, value):
     caplog.set_level(logging.INFO, logger="segjax")
     found = metadata.checked_metadata(changed(place, value), name="FILE")
     assert place.partition(".")[0] not in found and f"FILE: {place}" in caplog.text
     assert found["normalisation"] == ABOUT["normalisation"]
 
 
-def test_metadata_that_is_whole_stays_as_it_is():
+def test_valid_metadata_stay_unchanged():
     about = {**ABOUT, "config": {"augment": {"crop": [3, 4]}, "more": 1}, "step": 3, "mean_iou": 0.5}
     assert metadata.checked_metadata(about, name="FILE") == about
     assert "input_size" not in metadata.checked_metadata(about | {"input_size": None}, name="FILE")
 
 
-def test_text_that_no_encoding_has_is_replaced_and_other_text_stays():
+def test_only_unencodable_text_is_replaced():
     names = ["line\nbreak", "\x1b[31mred", "lone \udc80"]
     read = parse_json(json.dumps(changed("dataset.class_names", names)), name="FILE")
     found = metadata.checked_metadata(read, name="FILE")["dataset"]["class_names"]
@@ -115,7 +115,7 @@ def test_text_that_no_encoding_has_is_replaced_and_other_text_stays():
         parse_json('["\\udc80", ' + "[" * 100_000, list, name="FILE")
 
 
-def test_a_file_names_itself_and_the_key(tmp_path):
+def test_errors_name_the_file_and_the_key(tmp_path):
     path = tmp_path / "w.safetensors"
     weights = to_torch(tiny_model(1, num_classes=3))
     for about, word in (
@@ -164,7 +164,7 @@ def test_numbered_names_are_matched_or_the_mismatch_is_reported(caplog, numbers,
     assert line in caplog.text if line else not caplog.text
 
 
-def test_names_of_a_config_that_counts_from_1_are_those_of_the_model(tmp_path, caplog):
+def test_names_of_a_config_that_counts_from_1_are_read(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="segjax")
     weights = to_torch(tiny_model(1, num_classes=3), dialect="hf")
     names = {str(number): f"n{number}" for number in (1, 2, 3)}
@@ -173,7 +173,7 @@ def test_names_of_a_config_that_counts_from_1_are_those_of_the_model(tmp_path, c
     assert metadata.NUMBERED_NAMES not in loaded.metadata
 
 
-def test_names_are_those_of_label2id_where_id2label_is_missing(tmp_path):
+def test_names_come_from_label2id_if_id2label_is_missing(tmp_path):
     weights = to_torch(tiny_model(1, num_classes=3), dialect="hf")
     config = {key: value for key, value in config_with(label2id={"b": 1, "c": 2, "a": 0}).items() if key != "id2label"}
     assert load(folder_of(tmp_path / "hf", weights, config=config)).classes.class_names == ("a", "b", "c")
@@ -197,7 +197,7 @@ def test_names_of_another_type_are_omitted_and_named(tmp_path, caplog, names):
         ("model_type", 5),
     ],
 )
-def test_settings_of_a_config_that_cannot_be_are_refused(tmp_path, key, value):
+def test_invalid_settings_in_a_config_are_refused(tmp_path, key, value):
     with pytest.raises(CheckpointError, match=f"config.json: {key}"):
         read_checkpoint(folder_of(tmp_path / "hf", {"a": np.ones(2)}, config=config_with(**{key: value})))
 
@@ -212,7 +212,7 @@ def test_settings_of_a_config_that_cannot_be_are_refused(tmp_path, key, value):
         {"do_normalize": "yes"},
     ],
 )
-def test_a_normalisation_of_a_preprocessor_that_cannot_be_is_refused(tmp_path, preprocessor):
+def test_an_invalid_normalisation_of_a_preprocessor_is_refused(tmp_path, preprocessor):
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         read_checkpoint(folder_of(tmp_path / "hf", {"a": np.ones(2)}, preprocessor=preprocessor))
 
@@ -220,7 +220,7 @@ def test_a_normalisation_of_a_preprocessor_that_cannot_be_is_refused(tmp_path, p
 @pytest.mark.parametrize(
     ("mean", "std"), [([1.0], [2.0, 3, 4]), ([1, 2, 3], [0, 1, 1]), ([1, 2, 3], [-1, 1, 1]), ([1, 2, 3], None)]
 )
-def test_a_normalisation_of_mmsegmentation_that_cannot_be_is_refused(mean, std):
+def test_an_invalid_normalisation_of_mmsegmentation_is_refused(mean, std):
     weights = {"data_preprocessor.mean": np.array(mean, np.float32)[:, None, None]}
     weights |= {} if std is None else {"data_preprocessor.std": np.array(std, np.float32)[:, None, None]}
     with pytest.raises(CheckpointError, match="data_preprocessor"):

@@ -69,14 +69,14 @@ def test_every_use_of_a_file_recognises_its_keys_once(use, dialect, tmp_path, ca
     assert len(calls) == 1
 
 
-def test_converting_an_encoder_or_with_a_given_name_recognises_once(tmp_path, calls):
+def test_converting_an_encoder_with_explicit_options_recognises_once(tmp_path, calls):
     save_file(encoder_of(2), tmp_path / "a.safetensors")
     source, options = str(tmp_path / "a.safetensors"), ["--dialect", "backbone", "--model", "segformer_b0"]
     assert convert.main([source, str(tmp_path / "b.safetensors"), "--to", "backbone", *options]) == 0
     assert calls == [("backbone", None)]
 
 
-def test_an_orbax_folder_is_converted_without_recognising_anything(tmp_path, calls):
+def test_an_orbax_folder_is_converted_without_recognition(tmp_path, calls):
     orbax_folder.save_model(tmp_path / "a", tiny_model(1), metadata={})
     assert convert.main([str(tmp_path / "a"), str(tmp_path / "b.safetensors")]) == 0
     assert calls == []
@@ -98,7 +98,7 @@ def test_one_checkpoint_serves_several_uses(tmp_path, calls):
     assert calls == [("auto", None)]
 
 
-def test_read_as_returns_the_checkpoint_unless_it_is_another_model(calls):
+def test_read_as_returns_the_checkpoint_itself_if_it_matches(calls):
     checkpoint = Checkpoint.of(arrays_of(1))
     assert checkpoint.recognised.key_format.dialect == "native"
     assert checkpoint.read_as(family="segformer") is checkpoint
@@ -111,7 +111,7 @@ def test_read_as_returns_the_checkpoint_unless_it_is_another_model(calls):
     assert len(calls) == 3
 
 
-def test_a_file_taken_for_another_model_is_refused_by_its_best_guess(tmp_path):
+def test_reading_a_file_as_another_model_is_refused_with_a_guess(tmp_path):
     save_file(arrays_of(1), tmp_path / "a.safetensors")
     checkpoint = read_checkpoint(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="It looks like SegFormer as native"):
@@ -164,7 +164,7 @@ def test_provenance_names_and_hashes_a_file_without_reading_its_weights(tmp_path
 # ------------------------------------------------------------------------------------------------------------ key maps
 
 
-def test_no_foreign_key_has_two_stages():
+def test_no_foreign_key_has_two_stage_fields():
     # One pattern with any stage in its place would otherwise match keys that no rule has.
     for key_format in KEY_FORMATS:
         for key_map in key_format.key_maps:
@@ -203,7 +203,7 @@ def test_a_key_maps_pattern_matches_exactly_the_keys_it_renames(family):
     assert matched > 100
 
 
-def test_what_is_logged_of_a_load_is_in_order(caplog):
+def test_log_lines_of_a_load_are_in_order(caplog):
     caplog.set_level(logging.INFO, "segjax")
     segjax.from_torch(arrays_of(1, dialect="hf"))
     words = [

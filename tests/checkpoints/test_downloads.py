@@ -184,9 +184,7 @@ def left_in(cache):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_name_is_fetched_once_and_has_what_its_file_does_not_contain(
-    name, web, hub, cache, tmp_path, monkeypatch, capsys
-):
+def test_a_name_is_downloaded_once_and_adds_what_the_file_lacks(name, web, hub, cache, tmp_path, monkeypatch, capsys):
     _, dialect, settings = TRAINED[name]
     row = publish(name, web, hub, monkeypatch, tmp_path)
     loaded = load(name)
@@ -208,7 +206,7 @@ def test_a_name_is_fetched_once_and_has_what_its_file_does_not_contain(
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_name_of_an_encoder_is_a_start(name, web, hub, cache, tmp_path, monkeypatch):
+def test_the_name_of_an_encoder_gives_initial_weights(name, web, hub, cache, tmp_path, monkeypatch):
     family, dialect = ENCODERS[name]
     row = publish(name, web, hub, monkeypatch, tmp_path)
     model = tiny_model(7, family)
@@ -223,7 +221,7 @@ def test_the_name_of_an_encoder_is_a_start(name, web, hub, cache, tmp_path, monk
         load(name)
 
 
-def test_class_names_of_a_file_count_more_than_those_of_its_name(web, hub, cache, monkeypatch, tmp_path):
+def test_class_names_in_a_file_override_those_of_its_name(web, hub, cache, monkeypatch, tmp_path):
     name = "hrnet_w18.loveda"
     row = publish(name, web, hub, monkeypatch, tmp_path)
     names = [*classes_of_dataset("loveda").class_names[:-1], "farmland"]
@@ -248,7 +246,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", [FILE, UNSIGNED])
 @pytest.mark.parametrize("how", WRONG)
-def test_a_download_that_fails_leaves_nothing_and_names_a_place(how, name, web, hub, cache, monkeypatch, tmp_path):
+def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(
+    how, name, web, hub, cache, monkeypatch, tmp_path
+):
     row = publish(name, web, hub, monkeypatch, tmp_path, how=how)
     with pytest.raises(CheckpointError) as caught:
         load(name)
@@ -261,7 +261,7 @@ def test_a_download_that_fails_leaves_nothing_and_names_a_place(how, name, web, 
     assert load(name).classes.name == row.dataset
 
 
-def test_other_digits_than_published_are_refused(web, hub, cache, monkeypatch, tmp_path):
+def test_a_hash_other_than_the_published_one_is_refused(web, hub, cache, monkeypatch, tmp_path):
     publish(FILE, web, hub, monkeypatch, tmp_path)
     right = published.table()[FILE].digits
     put(monkeypatch, FILE, digits="0123abcd")
@@ -292,7 +292,7 @@ def test_a_redirection_keeps_the_file_name_of_the_first_address(web, hub, cache,
     ]
 
 
-def test_later_weights_than_those_of_the_first_download_are_an_error(web, hub, cache, monkeypatch, tmp_path):
+def test_a_download_that_differs_from_the_first_one_is_refused(web, hub, cache, monkeypatch, tmp_path):
     for name in (UNSIGNED, "segformer_b0.ade20k"):
         publish(name, web, hub, monkeypatch, tmp_path)
         before = load(name)
@@ -311,7 +311,7 @@ def test_later_weights_than_those_of_the_first_download_are_an_error(web, hub, c
         assert same(to_torch(load(name).model), to_torch(model_of(name, 2)))
 
 
-def test_a_repository_is_not_asked_again_once_it_is_in_the_cache(hub, web, cache, monkeypatch, tmp_path):
+def test_a_cached_repository_is_not_requested_again(hub, web, cache, monkeypatch, tmp_path):
     name = "segformer_b0.ade20k-hf"
     publish(name, web, hub, monkeypatch, tmp_path)
     load(name)
@@ -324,7 +324,7 @@ def test_a_repository_is_not_asked_again_once_it_is_in_the_cache(hub, web, cache
 
 
 @pytest.mark.parametrize("name", [FILE, "segformer_b0.ade20k"])
-def test_offline_the_place_of_a_file_is_named_and_one_put_there_is_taken(name, web, hub, cache, monkeypatch, tmp_path):
+def test_offline_the_place_for_a_file_is_named_and_a_file_there_is_read(name, web, hub, cache, monkeypatch, tmp_path):
     row = publish(name, web, hub, monkeypatch, tmp_path)
     closed = f"http://127.0.0.1:{free_port()}"
     use(monkeypatch, closed, tmp_path / "home")
@@ -347,14 +347,14 @@ def test_offline_the_place_of_a_file_is_named_and_one_put_there_is_taken(name, w
     assert json.loads((cache / f"{name}.json").read_text())["source"] == row.source
 
 
-def test_offline_by_a_variable_of_the_hub_is_named(hub, web, cache, monkeypatch, tmp_path):
+def test_the_hubs_offline_variable_is_named(hub, web, cache, monkeypatch, tmp_path):
     publish("segformer_b0.ade20k", web, hub, monkeypatch, tmp_path)
     use(monkeypatch, hub.address, tmp_path / "home", offline=True)
     with pytest.raises(CheckpointError, match=r"cannot be fetched \(HF_HUB_OFFLINE is set\)"):
         load("segformer_b0.ade20k")
 
 
-def test_a_repository_that_is_missing_is_named(hub, web, cache):
+def test_a_missing_repository_is_named(hub, web, cache):
     with pytest.raises(CheckpointError, match=r"^segformer_b1\.ade20k: hf:smp-hub/.*: the Hub has no such repository"):
         load("segformer_b1.ade20k")
     assert left_in(cache) == []
@@ -372,7 +372,7 @@ LOADS = """if True:
 """
 
 
-def test_two_processes_at_once_fetch_a_file_once(web, hub, cache, monkeypatch, tmp_path):
+def test_two_simultaneous_processes_download_a_file_once(web, hub, cache, monkeypatch, tmp_path):
     row = publish(FILE, web, hub, monkeypatch, tmp_path, how="slow")
     command = [sys.executable, "-c", LOADS, FILE, row.source]
     processes = [
@@ -396,14 +396,14 @@ def test_two_processes_at_once_fetch_a_file_once(web, hub, cache, monkeypatch, t
 
 
 @pytest.mark.parametrize(("package", "name"), [("pooch", FILE), ("huggingface_hub", "segformer_b0.ade20k")])
-def test_without_its_package_a_download_names_the_extra(package, name, web, hub, cache, monkeypatch, tmp_path):
+def test_a_download_without_its_package_names_the_extra(package, name, web, hub, cache, monkeypatch, tmp_path):
     publish(name, web, hub, monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CheckpointError, match=rf'^{re.escape(name)}: .*pip install "segjax\[hub\]"'):
         load(name)
 
 
-def test_the_cache_is_that_of_pooch_where_none_is_set(monkeypatch, tmp_path):
+def test_the_default_cache_is_poochs(monkeypatch, tmp_path):
     monkeypatch.delenv("SEGJAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     row = published.table()[FILE]
@@ -422,7 +422,7 @@ def test_a_damaged_record_is_named(web, hub, cache, monkeypatch, tmp_path):
             load(FILE)
 
 
-def test_a_start_by_name_is_checked_before_anything_is_fetched(tmp_path):
+def test_a_published_name_is_checked_before_anything_is_downloaded(tmp_path):
     check(make_config(init__checkpoint="segformer_b0.imagenet"), tmp_path / "run")
     with pytest.raises(RunError, match=r"segformer_b0\.imagnet does not exist.* the nearest: segformer_b0\.imagenet"):
         check(make_config(init__checkpoint="segformer_b0.imagnet"), tmp_path / "run")

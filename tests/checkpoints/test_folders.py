@@ -73,7 +73,7 @@ def test_the_only_checkpoint_in_a_folder_is_read(tmp_path, weights, name, caplog
 
 
 @pytest.mark.parametrize("prefix", ["model", "diffusion_pytorch_model"])
-def test_parts_are_read_by_their_index_which_stands_for_the_folder(tmp_path, weights, prefix):
+def test_shards_are_read_through_their_index_or_the_folder(tmp_path, weights, prefix):
     keys = sorted(weights)
     parts = {f"{prefix}-{n:05}-of-00003.safetensors": keys[n - 1 :: 3] for n in (1, 2, 3)}
     for name, some in parts.items():
@@ -97,7 +97,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_another_folder_is_is_told(tmp_path, name, capsys):
+def test_other_kinds_of_folders_are_named(tmp_path, name, capsys):
     (tmp_path / name).write_bytes(b"\x80\x02}." if name.endswith(".pt") else b"content")
     if name.endswith(".pt"):
         (tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
@@ -106,7 +106,7 @@ def test_what_another_folder_is_is_told(tmp_path, name, capsys):
     assert FOLDERS[name] in said and str(tmp_path) in said
 
 
-def test_checkpoints_in_a_folder_below_are_named(tmp_path, weights, capsys):
+def test_checkpoints_in_subfolders_are_named(tmp_path, weights, capsys):
     path = tmp_path / "version_0/checkpoints/epoch=3.safetensors"
     path.parent.mkdir(parents=True)
     save_file(weights, path)
@@ -114,14 +114,14 @@ def test_checkpoints_in_a_folder_below_are_named(tmp_path, weights, capsys):
     assert "give one of checkpoints/epoch=3.safetensors" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_package_of_core_ml_is_told(tmp_path, capsys):
+def test_a_core_ml_package_is_named(tmp_path, capsys):
     (tmp_path / "m.mlpackage").mkdir()
     (tmp_path / "m.mlpackage/Manifest.json").write_text("{}")
     assert inspect.main([str(tmp_path / "m.mlpackage")]) == 2
     assert "Core ML" in capsys.readouterr().err
 
 
-def test_the_advice_to_drop_names_the_tensors_that_are_unexpected(tmp_path, weights, capsys):
+def test_the_advice_to_drop_names_the_unexpected_tensors(tmp_path, weights, capsys):
     more = {name: np.zeros(2, np.float32) for name in ("rng_state", "extra.a", "extra.b")}
     save_file(weights | more, tmp_path / "w.safetensors")
     convert_to = ["--to", "hf", str(tmp_path / "w.safetensors"), str(tmp_path / "out.safetensors")]
@@ -174,7 +174,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_another_file_is_is_told_and_it_is_never_called_damaged(tmp_path, name, capsys):
+def test_other_kinds_of_files_are_named_and_not_called_damaged(tmp_path, name, capsys):
     content, word = FILES[name]
     (tmp_path / name).write_bytes(content)
     assert inspect.main([str(tmp_path / name)]) == 2
@@ -270,7 +270,7 @@ IN_MEMORY = {
 }
 
 
-def test_an_adapter_may_have_the_names_that_transformers_has_in_memory(tmp_path, model, weights):
+def test_an_adapter_may_use_the_names_of_transformers_in_memory(tmp_path, model, weights):
     save(model, tmp_path / "base", dialect="hf")
     adapter(tmp_path / "old", weights, 0)
     shutil.copytree(tmp_path / "old", tmp_path / "new")
@@ -297,7 +297,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_an_adapter_lacks_is_named(tmp_path, model, weights, fault, capsys):
+def test_the_missing_parts_of_an_adapter_are_named(tmp_path, model, weights, fault, capsys):
     settings, word = FAULTS[fault]
     save(model, tmp_path / "base", dialect="hf")
     adapter(tmp_path / "lora", weights, 0, **settings)
@@ -316,7 +316,7 @@ def test_a_link_to_itself_is_named(tmp_path, weights, capsys):
         assert "loop" in said and "Traceback" not in said
 
 
-def test_matrices_without_a_place_or_a_scale_are_refused(tmp_path, model, weights):
+def test_adapter_matrices_without_a_layer_or_a_scale_are_refused(tmp_path, model, weights):
     save(model, tmp_path / "base", dialect="hf")
     adapter(tmp_path / "lora", weights, 0)
     path = tmp_path / "lora" / "adapter_model.safetensors"

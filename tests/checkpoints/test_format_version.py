@@ -76,7 +76,7 @@ def test_a_run_and_its_result_are_written_with_the_version(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("version", [2, 17])
 @pytest.mark.parametrize("writer", ["0.9.1", None])
-def test_a_newer_version_is_refused_with_the_segjax_to_install(version, writer):
+def test_a_newer_version_is_refused_with_the_release_to_install(version, writer):
     metadata = {"format_version": version} | ({"segjax_version": writer} if writer else {})
     with pytest.raises(CheckpointError) as caught:
         refuse_newer(metadata, "some/file")
@@ -88,7 +88,7 @@ def test_a_newer_version_is_refused_with_the_segjax_to_install(version, writer):
 
 
 @pytest.mark.parametrize("version", ["1.5", None, 1.5, [1], True, 0, -1, "x" * 10_000])
-def test_a_version_that_none_can_be_is_damage(version):
+def test_an_impossible_version_is_damage(version):
     with pytest.raises(CheckpointError, match=r"^some/file: damaged, since format_version is .{,100}$"):
         refuse_newer({"format_version": version}, "some/file")
 
@@ -127,7 +127,7 @@ def test_a_newer_file_is_refused_by_every_command_and_function(newer, name, caps
     assert unchanged(newer) == before
 
 
-def test_a_newer_run_is_neither_resumed_nor_put_aside_as_damaged(tmp_path, monkeypatch):
+def test_a_newer_run_is_neither_resumed_nor_set_aside_as_damaged(tmp_path, monkeypatch):
     cheap_step(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(format_version, "FORMAT_VERSION", 2)
@@ -152,7 +152,7 @@ def test_the_old_files_have_no_version():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_old_file_predicts_what_it_did(name):
+def test_an_old_file_predicts_the_recorded_labels(name):
     kept = np.load(OLD / "labels.npz")
     labels = Predictor(OLD / name)(kept["image"])
     expected = kept[name.partition(".")[0]]
@@ -173,7 +173,7 @@ def test_an_old_file_keeps_its_classes_sizes_and_origin():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_old_file_is_converted_to_one_of_today(name, tmp_path, capsys):
+def test_an_old_file_is_converted_to_the_current_version(name, tmp_path, capsys):
     for destination in ("b.safetensors", "c"):
         assert convert.main([str(OLD / name), str(tmp_path / destination)]) == 0
         before, after = segjax.load(OLD / name), segjax.load(tmp_path / destination)
@@ -187,7 +187,7 @@ def test_an_old_file_is_converted_to_one_of_today(name, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_an_old_run_is_evaluated_as_its_result_says():
+def test_evaluating_an_old_run_gives_its_recorded_result():
     recorded = json.loads((OLD / "run" / "result.json").read_text())
     found = segjax.evaluate_dataset(OLD / "run", "streets")
     assert abs(found["pixel_accuracy"] - recorded["pixel_accuracy"]) < 2e-3
@@ -195,7 +195,7 @@ def test_an_old_run_is_evaluated_as_its_result_says():
         assert (value is None) == (expected is None) and abs((value or 0) - (expected or 0)) < 5e-3
 
 
-def test_an_old_run_is_resumed_from_what_it_saved(tmp_path, monkeypatch):
+def test_an_old_run_is_resumed_from_its_checkpoint(tmp_path, monkeypatch):
     shutil.copytree(OLD / "run", tmp_path / "run")
     cheap_step(monkeypatch)
     restored = []
@@ -224,7 +224,7 @@ def test_an_old_run_is_resumed_from_what_it_saved(tmp_path, monkeypatch):
     )
 
 
-def test_weights_of_an_old_file_are_those_that_it_holds():
+def test_weights_of_an_old_file_are_loaded_unchanged():
     arrays = load_file(OLD / "segnext.safetensors")
     again = segjax.to_torch(segjax.load(OLD / "segnext.safetensors").model, dialect="mmseg")
     assert again.keys() == arrays.keys()

@@ -84,7 +84,7 @@ def same_weights(model, arrays):
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_transformers_folder_brings_classes_heads_and_normalisation(tmp_path, parts, caplog):
+def test_a_transformers_folder_gives_classes_heads_and_normalisation(tmp_path, parts, caplog):
     caplog.set_level(logging.INFO, "segjax")
     arrays = arrays_of(1)
     loaded = load(write(tmp_path / "a", arrays, parts=parts, preprocessor=PREPROCESSOR))
@@ -111,28 +111,28 @@ def test_a_preprocessor_that_only_rescales_or_has_an_older_size_is_read(tmp_path
     np.testing.assert_allclose(loaded.normalise(images), images / 255, atol=1e-6)
 
 
-def test_the_hash_of_a_folder_is_that_of_its_one_file(tmp_path):
+def test_the_hash_of_a_folder_is_that_of_its_only_file(tmp_path):
     folder = write(tmp_path / "a", arrays_of(1))
     expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert provenance_at(folder) == {"source": "a", "sha256": expected}
     assert load(folder).metadata["provenance"]["sha256"] == expected
 
 
-def test_names_that_transformers_makes_up_are_none(tmp_path):
+def test_placeholder_names_of_transformers_are_ignored(tmp_path):
     config = CONFIG | {"id2label": {str(k): f"LABEL_{k}" for k in range(21)}}
     loaded = load(write(tmp_path / "a", arrays_of(1, num_classes=21), config=config))
     assert loaded.classes == specs.DatasetSpec(**{**vars(specs.VOC), "splits": ()})
     assert loaded.metadata["dataset"]["guessed"] is True
 
 
-def test_most_names_of_a_known_data_set_give_its_colours(tmp_path):
+def test_most_names_of_a_known_dataset_give_its_colours(tmp_path):
     names = [name.title() for name in specs.VOC.class_names[:-1]] + ["screen"]
     config = CONFIG | {"id2label": dict(enumerate(names))}
     spec = load(write(tmp_path / "a", arrays_of(1, num_classes=21), config=config)).classes
     assert (spec.name, spec.class_names, spec.colors) == ("voc", tuple(names), specs.VOC.colors)
 
 
-def test_a_start_from_a_folder_of_an_encoder_with_imagenet_classes(tmp_path, caplog):
+def test_initial_weights_come_from_a_folder_of_an_imagenet_classifier(tmp_path, caplog):
     caplog.set_level(logging.INFO, "segjax")
     arrays = {key: value for key, value in arrays_of(1).items() if key.startswith("segformer.")}
     arrays |= {"classifier.weight": np.ones((1000, 16), np.float32), "classifier.bias": np.ones(1000, np.float32)}
@@ -161,7 +161,7 @@ def test_another_network_is_refused_by_its_config(tmp_path, what):
         load(write(tmp_path / "a", arrays_of(1), **changes))
 
 
-def test_parts_that_are_missing_incomplete_or_elsewhere_are_named(tmp_path):
+def test_missing_incomplete_and_misplaced_shards_are_named(tmp_path):
     arrays = arrays_of(1)
     folder = write(tmp_path / "a", arrays, parts=3)
     index = folder / "model.safetensors.index.json"
@@ -187,7 +187,7 @@ def test_parts_that_are_missing_incomplete_or_elsewhere_are_named(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys):
+def test_a_written_folder_is_read_back_with_everything(tmp_path, capsys):
     source = write(tmp_path / "a", arrays_of(1), preprocessor=PREPROCESSOR)
     assert convert.main([str(source), str(tmp_path / "b"), "--to", "hf"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -333,7 +333,7 @@ def test_only_needed_files_of_a_repository_are_read_at_its_revision(hub):
     assert plain.classes.name == "camvid" and plain.metadata["dataset"]["guessed"]
 
 
-def test_a_repository_is_a_start_a_source_and_is_inspected(hub, tmp_path, capsys):
+def test_a_repository_can_be_trained_from_converted_and_inspected(hub, tmp_path, capsys):
     model = tiny_model(5)
     initialize(model, "hf:made/up@next")
     assert same_weights(model, arrays_of(2))
@@ -344,7 +344,7 @@ def test_a_repository_is_a_start_a_source_and_is_inspected(hub, tmp_path, capsys
     assert "tram #" in printed and f"hf:made/up@{FIRST}" in printed
 
 
-def test_what_was_fetched_once_is_used_without_a_network(hub, tmp_path, monkeypatch):
+def test_a_downloaded_file_is_used_without_a_network(hub, tmp_path, monkeypatch):
     for address in ("hf:made/up", "hf:made/up@next", "hf:made/plain"):
         load(address)
     closed = f"http://127.0.0.1:{free_port()}"
@@ -383,7 +383,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("address", PROBLEMS)
-def test_a_repository_that_cannot_be_used_is_refused_in_few_lines(hub, address, capsys):
+def test_an_unusable_repository_is_refused_in_few_lines(hub, address, capsys):
     assert inspect.main([address]) == 2
     printed = capsys.readouterr()
     message = " ".join(printed.err.split())
@@ -402,7 +402,7 @@ def test_without_a_network_the_cache_is_named_at_once(tmp_path, monkeypatch, off
     assert caplog.messages == []
 
 
-def test_a_start_from_the_hub_is_checked_for_its_form_alone(tmp_path):
+def test_an_address_of_the_hub_is_checked_only_for_its_format(tmp_path):
     check(make_config(init__checkpoint="hf:made/up@v1.0"), tmp_path / "run")
     with pytest.raises(RunError, match=r"config\.init\.checkpoint: hf:made: a repository is written hf:owner/name"):
         check(make_config(init__checkpoint="hf:made"), tmp_path / "run")

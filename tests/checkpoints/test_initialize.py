@@ -97,7 +97,7 @@ def test_a_file_of_any_dialect_fills_the_whole_model(family, dialect, tmp_path, 
 
 
 @pytest.mark.parametrize("family", ["segformer", "ocr"])
-def test_folders_of_models_and_of_runs_are_starts_as_files_are(family, tmp_path):
+def test_folders_of_models_and_runs_give_initial_weights_as_files_do(family, tmp_path):
     source = tiny_model(1, family)
     expected = weights(source)
     about = {"model": state_dict.model_metadata(source)}
@@ -114,7 +114,7 @@ def test_folders_of_models_and_of_runs_are_starts_as_files_are(family, tmp_path)
         assert equal(weights(model), expected) == set(expected), place
 
 
-def test_numbers_have_the_models_dtype_and_a_path_may_begin_at_home(tmp_path, monkeypatch):
+def test_weights_are_cast_to_the_models_dtype_and_tilde_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     arrays = {key: value.astype(np.float16) for key, value in to_torch(tiny_model(1)).items() if "num" not in key}
     save(tmp_path / "half.safetensors", arrays)
@@ -149,7 +149,7 @@ def encoder_files(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_encoder_alone_leaves_the_decoder_as_it_was(family, tmp_path, caplog):
+def test_an_encoder_leaves_the_decoder_unchanged(family, tmp_path, caplog):
     expected = weights(tiny_model(1, family))
     for dialect, arrays in encoder_files(family):
         model = tiny_model(2, family)
@@ -211,7 +211,7 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("family, dialect", [(family, dialect) for family in FAMILIES for dialect in forms(family)])
-def test_only_a_classifier_of_another_number_of_classes_stays_random(family, dialect, tmp_path, caplog):
+def test_only_a_classifier_for_other_classes_stays_random(family, dialect, tmp_path, caplog):
     source, model = tiny_model(1, family), tiny_model(2, family, num_classes=7)
     path = save(tmp_path / "a.safetensors", to_torch(source, dialect=dialect))
     before, layers = weights(model), CLASSIFIERS[family]
@@ -228,7 +228,7 @@ def test_only_a_classifier_of_another_number_of_classes_stays_random(family, dia
 @pytest.mark.parametrize(
     "family, wider", [("segformer", "decoder_dim"), ("ocr", "ocr_channels"), ("segnext", "ham_channels")]
 )
-def test_a_classifier_that_misfits_in_another_way_too_is_refused(family, wider, tmp_path):
+def test_a_classifier_with_other_classes_and_another_width_is_refused(family, wider, tmp_path):
     sizes = FAMILIES[family][1]
     source = tiny_model(1, family, num_classes=7, **{wider: 2 * sizes[wider]})
     message = refusal(tiny_model(2, family), save(tmp_path / "a.safetensors", to_torch(source)))
@@ -236,14 +236,14 @@ def test_a_classifier_that_misfits_in_another_way_too_is_refused(family, wider, 
     assert all(layer.removesuffix("*") in message for layer in CLASSIFIERS[family] if "aux" not in layer)
 
 
-def test_a_classifier_without_its_bias_is_refused_whatever_its_classes(tmp_path):
+def test_a_classifier_without_its_bias_is_refused(tmp_path):
     arrays = to_torch(tiny_model(1, num_classes=7))
     del arrays["decode_head.linear_pred.bias"]
     message = refusal(tiny_model(2), save(tmp_path / "a.safetensors", arrays))
     assert "1 missing from the checkpoint:\n    decode_head.linear_pred.bias" in message
 
 
-def test_what_was_loaded_is_returned_in_words(tmp_path):
+def test_a_summary_of_the_loaded_weights_is_returned(tmp_path):
     source = to_torch(tiny_model(1))
     whole = save(tmp_path / "a.safetensors", source)
     encoder = save(tmp_path / "b.safetensors", {key: v for key, v in source.items() if not in_head("segformer", key)})
@@ -268,7 +268,7 @@ def test_what_was_loaded_is_returned_in_words(tmp_path):
         ("ocr", "hrnet"),
     ],
 )
-def test_an_encoder_under_another_head_starts_with_a_random_head(source, target, tmp_path):
+def test_an_encoder_from_another_model_gets_a_random_head(source, target, tmp_path):
     expected = weights(tiny_model(1, source))
     path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, source)))
     model = tiny_model(2, target, num_classes=7)
@@ -292,20 +292,20 @@ def test_any_part_may_stay_random(tmp_path):
     assert len(kept) > 10 and equal(after, before) == kept and equal(after, expected) == set(before) - kept
 
 
-def test_a_pattern_of_no_parameter_is_refused_before_the_file_is_read(tmp_path):
+def test_a_pattern_that_matches_nothing_is_refused_before_reading(tmp_path):
     message = refusal(tiny_model(2), tmp_path / "absent.pth", keep=("decode_head.*", "decoder.*", "head?"))
     assert "init.keep: no parameter of segformer_b0 is called 'decoder.*' or 'head?'" in message
     assert "'backbone.block1.0.attn.kv.bias' to 'decode_head.linear_pred.weight'" in message
 
 
-def test_keys_without_a_place_anywhere_are_refused_without_advice(tmp_path):
+def test_keys_of_no_model_are_refused_without_advice(tmp_path):
     arrays = to_torch(tiny_model(1)) | {"extra.weight": np.ones(3, np.float32)}
     message = refusal(tiny_model(2), save(tmp_path / "a.safetensors", arrays))
     assert "1 unexpected in the checkpoint:\n    extra.weight" in message
     assert "init.keep" not in message and "encoder" not in message.rpartition("extra.weight")[2]
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     path = tmp_path / "page.pth"
     path.write_text("<html>404</html>")
     assert refusal(tiny_model(2), path).startswith(f"{path}: neither a PyTorch checkpoint")
@@ -330,7 +330,7 @@ def start(source, **settings):
     return setup.make_functional(module, config.optim, config.train, axis_name=None), begins
 
 
-def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, capsys, caplog):
+def test_a_run_prints_its_initial_weights_at_any_logging_level(tmp_path, capsys, caplog):
     logger = logging.getLogger("segjax")
     logging.getLogger().setLevel(logging.WARNING)
     before = logger.level, logger.propagate, list(logger.handlers)
@@ -360,7 +360,7 @@ def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, cap
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 
-def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
+def test_a_resumed_run_and_one_from_random_weights_read_no_checkpoint(capsys):
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
     with numpy_draws():
@@ -370,7 +370,7 @@ def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_helpful_setting(tmp_path):
+def test_weights_that_do_not_fit_are_refused_with_the_setting_to_use(tmp_path):
     path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, decoder_dim=10)))
     with pytest.raises(CheckpointError, match=r"init\.keep=\('decode_head\.linear_c"):
         start(path)

@@ -67,7 +67,7 @@ def refused(capsys, source):
 # ------------------------------------------------------------------------------------------------- there and carried on
 
 
-def test_a_folders_metadata_survives_every_form_that_can_hold_it(tmp_path, monkeypatch):
+def test_metadata_of_a_folder_survive_every_format_that_can_hold_them(tmp_path, monkeypatch):
     # Measured in parity/, where transformers is.
     monkeypatch.setattr(conversion, "_measure_transformers", lambda model: None)
     model = tiny_model(1, num_heads=(2, 4, 5, 8))
@@ -97,7 +97,7 @@ def test_a_folders_metadata_survives_every_form_that_can_hold_it(tmp_path, monke
     assert sources == ["d", "c.safetensors", "b", "a"] and provenance == {"initial_weights": None}
 
 
-def test_predicting_takes_the_normalisation_of_the_checkpoint(tmp_path):
+def test_predictions_use_the_normalisation_of_the_checkpoint(tmp_path):
     orbax_folder.save_model(tmp_path / "a", tiny_model(1), metadata=ABOUT)
     loaded = load(tmp_path / "a")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
@@ -108,7 +108,7 @@ def test_predicting_takes_the_normalisation_of_the_checkpoint(tmp_path):
     assert (predicted != Inference(loaded.model).labels(images)).mean() > 0.01
 
 
-def test_the_hash_of_a_file_is_carried_and_is_not_that_of_the_weights(tmp_path):
+def test_the_hash_of_the_source_file_is_kept_in_conversions(tmp_path):
     save_file(to_torch(tiny_model(1), dialect="hf"), tmp_path / "a.safetensors")
     converted(tmp_path / "a.safetensors", tmp_path / "b")
     about = load(tmp_path / "b").metadata
@@ -135,7 +135,7 @@ def test_a_verification_is_recorded_with_its_error(tmp_path, passed):
 
 
 @pytest.mark.parametrize("spec", [specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID], ids=lambda spec: spec.name)
-def test_classes_are_guessed_from_their_number_and_called_a_guess(tmp_path, caplog, spec):
+def test_classes_are_guessed_from_their_number_and_marked_as_guessed(tmp_path, caplog, spec):
     caplog.set_level(logging.INFO, "segjax")
     save_file(to_torch(tiny_model(1, num_classes=spec.num_classes)), tmp_path / "a.safetensors")
     for name in ("a.safetensors", "b"):
@@ -150,7 +150,7 @@ def test_classes_are_guessed_from_their_number_and_called_a_guess(tmp_path, capl
             converted(tmp_path / "a.safetensors", tmp_path / "b")
 
 
-def test_any_other_number_of_classes_goes_by_numbers(tmp_path):
+def test_other_numbers_of_classes_get_numbered_names(tmp_path):
     save_file(to_torch(tiny_model(1, num_classes=7)), tmp_path / "a.safetensors")
     loaded = load(tmp_path / "a.safetensors")
     assert loaded.classes.class_names == tuple(f"class {k}" for k in range(7)) and "dataset" not in loaded.metadata
@@ -163,7 +163,7 @@ def test_any_other_number_of_classes_goes_by_numbers(tmp_path):
     converted(tmp_path / "b.safetensors", tmp_path / "c")
 
 
-def test_an_encoder_is_renamed_without_a_number_of_classes(tmp_path, capsys):
+def test_an_encoder_is_converted_without_a_number_of_classes(tmp_path, capsys):
     model = tiny_model(1)
     encoder = to_torch(model, dialect="backbone")
     save_file(encoder | {"head.weight": np.ones((1000, 16), np.float32)}, tmp_path / "a.safetensors")
@@ -179,7 +179,7 @@ def test_an_encoder_is_renamed_without_a_number_of_classes(tmp_path, capsys):
     assert "segformer_b0, its encoder only" in inspected(capsys, tmp_path / "b.safetensors")
 
 
-def test_a_folder_from_before_all_this_still_loads(tmp_path, capsys):
+def test_a_folder_without_most_metadata_loads(tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny_model(1, num_classes=19), metadata={"source": "x.pth"})
     loaded = load(tmp_path / "a")
     assert loaded.classes == specs.DatasetSpec(**{**vars(specs.CITYSCAPES), "splits": ()})
@@ -193,7 +193,7 @@ def test_a_folder_from_before_all_this_still_loads(tmp_path, capsys):
     assert load(tmp_path / "b").metadata["input_size"] is None
 
 
-def test_a_record_that_is_none_or_contradicts_itself_is_refused(tmp_path):
+def test_invalid_and_contradictory_metadata_are_refused(tmp_path):
     arrays = to_torch(tiny_model(1))
     save_file(arrays, tmp_path / "a.safetensors", metadata={"segjax": "{"})
     with pytest.raises(CheckpointError, match=r"a\.safetensors: its metadata 'segjax': (not JSON|should be)"):
@@ -207,7 +207,7 @@ def test_a_record_that_is_none_or_contradicts_itself_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ trainings
 
 
-def test_a_run_prints_normalisation_crop_and_start_also_when_resumed(tmp_path, monkeypatch):
+def test_a_new_or_resumed_run_prints_normalisation_crop_and_start(tmp_path, monkeypatch):
     cheap_step(monkeypatch)
     start = tmp_path / "start.safetensors"
     save_file(to_torch(tiny_model(3, num_classes=19)), start)
@@ -241,11 +241,11 @@ def test_a_run_prints_normalisation_crop_and_start_also_when_resumed(tmp_path, m
         ({"size_divisor": 32}, [(40, 64), (33, 50)], [64, 64]),
     ],
 )
-def test_the_size_of_a_run_is_that_of_its_evaluation(settings, sizes, expected):
+def test_the_size_in_metadata_of_a_run_is_that_of_its_evaluation(settings, sizes, expected):
     assert setup._evaluated_size(np.array(sizes), Protocol(**settings)) == expected
 
 
-def test_the_record_of_a_run_from_random_weights_is_json_and_says_so():
+def test_metadata_of_a_run_state_that_it_started_from_random_weights():
     config = make_config()
     model = state_dict.model_metadata(setup.create_model(config.model, num_classes=19, seed=0))
     of_run = setup.run_metadata(plain(config), model, specs.STREETS, [64, 96])
@@ -257,7 +257,7 @@ def test_the_record_of_a_run_from_random_weights_is_json_and_says_so():
 # ----------------------------------------------------------------------------------------------------------- inspecting
 
 
-def test_a_folder_is_printed_whole_at_80_columns(tmp_path, capsys):
+def test_all_metadata_of_a_folder_are_printed_in_80_columns(tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny_model(1, decoder_dim=24), metadata=ABOUT)
     printed = " ".join(inspected(capsys, tmp_path / "a").split())
     for expected in (
@@ -291,7 +291,7 @@ EXTRAS = {"segformer": "decode_head.conv_seg.bias", "hrnet": "loss.criterion.wei
 
 
 @pytest.mark.parametrize("family", EXTRAS)
-def test_a_foreign_file_is_told_as_what_from_torch_makes_of_it(tmp_path, capsys, family):
+def test_a_foreign_file_is_described_as_from_torch_reads_it(tmp_path, capsys, family):
     arrays = to_torch(tiny_model(1, family))
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     numbers = sum(value.size for key, value in arrays.items() if not key.endswith(statistics))
@@ -307,13 +307,13 @@ def test_a_foreign_file_is_told_as_what_from_torch_makes_of_it(tmp_path, capsys,
     assert ("assumed " in printed) and ("=" in rows["overrides"])
 
 
-def test_a_float64_folder_is_inspected_as_one(tmp_path, capsys):
+def test_a_float64_folder_is_reported_as_float64(tmp_path, capsys):
     with jax.enable_x64(True):
         orbax_folder.save_model(tmp_path / "a", tiny_model(1, dtype=jnp.float64), metadata={})
     assert ", float64\n" in inspected(capsys, tmp_path / "a") and not jax.config.jax_enable_x64
 
 
-def test_what_cannot_be_inspected_is_told_with_status_2(tmp_path, capsys):
+def test_sources_that_cannot_be_inspected_are_refused_with_status_2(tmp_path, capsys):
     assert "there is no such file" in refused(capsys, tmp_path / "nothing.pth")
     (tmp_path / "page.pth").write_text("<html>")
     assert "which is text" in refused(capsys, tmp_path / "page.pth")
@@ -345,7 +345,7 @@ def test_classes_and_palette_of_mmsegmentation_are_read_from_either_place(kind):
 
 
 @pytest.mark.parametrize("meta", [None, 3, {}, {"CLASSES": None}, {"CLASSES": 5}, {"CLASSES": [1, 2]}, {"epoch": 3}])
-def test_a_meta_without_names_says_nothing(meta):
+def test_a_meta_entry_without_names_is_ignored(meta):
     assert metadata.of_mmseg({"meta": meta}, {}) == {}
     about = metadata.of_mmseg({"meta": {"CLASSES": ["a", "b"], "PALETTE": [[1, 2]]}}, {})
     assert about["dataset"]["class_names"] == ["a", "b"] and np.shape(about["dataset"]["colors"]) == (2, 3)

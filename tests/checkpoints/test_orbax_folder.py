@@ -79,7 +79,7 @@ def files_below(folder):
 
 
 @pytest.mark.parametrize("seed, name, ema", [(0, "adamw", False), (1, "sgd", False), (2, "adamw", True)])
-def test_a_training_state_comes_back_bit_for_bit(tmp_path, seed, name, ema):
+def test_a_training_state_is_restored_bit_for_bit(tmp_path, seed, name, ema):
     state = make_state(seed, name=name, ema=ema)
     save(tmp_path / "run", state, about={"what": [1, {"deep": None}]})
     found, again = restore(tmp_path / "run", make_state(seed + 5, name=name, step=0, ema=ema))
@@ -91,14 +91,14 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path, seed, name, ema):
 
 
 @pytest.mark.parametrize("may_skip, in_a_row", [(3, 3), (2, 0)])
-def test_a_batch_that_ended_the_run_gets_another_chance(tmp_path, may_skip, in_a_row):
+def test_a_batch_that_ended_the_run_is_tried_again(tmp_path, may_skip, in_a_row):
     state = make_state(0)
     save(tmp_path / "run", state)
     _, again = restore(tmp_path / "run", state, may_skip=may_skip)
     assert again.skipped.tolist() == [3, in_a_row]
 
 
-def test_special_values_come_back_bit_for_bit(tmp_path):
+def test_special_values_are_restored_bit_for_bit(tmp_path):
     special = np.array([np.nan, -0.0, np.inf, 1e-45, 3.4e38], np.float32)
     run = RunCheckpoints(tmp_path / "run", keep=1)
     run.save(1, {"a.scale": special}, {"step": np.int32(7)}, {})
@@ -126,7 +126,7 @@ def test_saving_a_step_a_second_time_changes_nothing(tmp_path):
     assert_same_bits(restore(tmp_path / "run", second)[1], first)
 
 
-def test_arrays_and_record_may_change_as_soon_as_save_returns(tmp_path):
+def test_arrays_and_metadata_may_change_as_soon_as_save_returns(tmp_path):
     state = make_state(0)
     arrays = {name: jnp.array(value) for name, value in state.params.items()}
     host = {name: np.array(value) for name, value in state.params.items()}
@@ -173,7 +173,7 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
         restore(tmp_path / "run", make_state(0, name="adamw"))
 
 
-def test_what_a_save_that_was_killed_has_left_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     state = make_state(0)
     save(tmp_path / "run", state)
     for name in ("run/7.orbax-checkpoint-tmp", ".model.part0/model.orbax-checkpoint-tmp", ".model.part1"):
@@ -235,7 +235,7 @@ def two_saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_set_aside(two_saved, tmp_path, what):
+def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_set_aside(two_saved, tmp_path, what):
     saved, older = two_saved
     folder, said = tmp_path / "checkpoints", []
     shutil.copytree(saved, folder)
@@ -266,7 +266,7 @@ def test_if_every_checkpoint_is_damaged_all_are_named_and_kept(two_saved, tmp_pa
 
 
 @pytest.mark.parametrize("what", [None, "a bit of the weights flipped", "no record"])
-def test_a_run_that_is_another_is_refused_before_anything_is_put_aside(two_saved, tmp_path, what):
+def test_a_different_run_is_refused_before_anything_is_set_aside(two_saved, tmp_path, what):
     saved, older = two_saved
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
@@ -282,7 +282,7 @@ def test_a_run_that_is_another_is_refused_before_anything_is_put_aside(two_saved
     assert files_below(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path, monkeypatch, capfd, caplog):
+def test_an_unwritable_folder_is_named_once_with_the_reason(tmp_path, monkeypatch, capfd, caplog):
     state = make_state(0)
     run = RunCheckpoints(tmp_path / "run", keep=2)
 
@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
 @pytest.mark.parametrize(
     "seed, num_classes, overrides", [(0, 5, {}), (1, 1, {"drop_path_rate": 0.25, "mlp_ratios": (2, 3, 4, 2)})]
 )
-def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed, num_classes, overrides):
+def test_a_model_is_restored_bit_for_bit_with_its_settings(tmp_path, seed, num_classes, overrides):
     model = tiny_model(seed, num_classes=num_classes, **overrides)
     save_model(tmp_path / "deep" / "model", model, metadata={"licence": "noise's"})
     loaded = load(tmp_path / "deep" / "model")
@@ -328,7 +328,7 @@ def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path):
     assert not np.array_equal(logits(model, images), logits(model, images))
 
 
-def test_a_float64_model_comes_back_as_one(tmp_path, float64):
+def test_a_float64_model_is_restored_in_float64(tmp_path, float64):
     model = tiny_model(0, dtype=jnp.float64)
     save_model(tmp_path / "model", model, metadata={})
     again = load(tmp_path / "model").model
@@ -338,7 +338,7 @@ def test_a_float64_model_comes_back_as_one(tmp_path, float64):
     assert again.dtype == jnp.float64
 
 
-def test_an_older_model_at_the_same_place_is_replaced(tmp_path):
+def test_an_older_model_at_the_same_path_is_replaced(tmp_path):
     old, new = tiny_model(0), tiny_model(1, num_classes=3)
     save_model(tmp_path / "model", old, metadata={})
     save_model(tmp_path / "model", new, metadata={})
@@ -346,7 +346,7 @@ def test_an_older_model_at_the_same_place_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_never_overwritten(tmp_path):
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "holiday.jpg").write_bytes(b"dear")
@@ -359,7 +359,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tmp_path):
     assert file.read_text() == "also dear" and (foreign / "holiday.jpg").read_bytes() == b"dear"
 
 
-def test_a_model_that_fails_to_be_saved_leaves_the_older_one(tmp_path):
+def test_a_failed_save_leaves_the_older_model(tmp_path):
     model = tiny_model(0)
     save_model(tmp_path / "model", model, metadata={})
     with pytest.raises(TypeError):
@@ -383,7 +383,7 @@ def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_pat
     assert params_sha256(found) == params_sha256(other)
 
 
-def test_the_computation_can_be_asked_for_in_another_type(tmp_path):
+def test_a_model_can_be_loaded_to_compute_in_another_dtype(tmp_path):
     save_model(tmp_path / "model", tiny_model(0), metadata={})
     model = load(tmp_path / "model", dtype=jnp.bfloat16).model
     assert model.dtype == jnp.bfloat16
@@ -401,7 +401,7 @@ def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("place", ["orbax", "tensorstore", "json", "stat"])
-def test_trouble_of_the_system_is_no_damage(tmp_path, monkeypatch, number, place):
+def test_a_system_error_is_not_taken_for_damage(tmp_path, monkeypatch, number, place):
     """A run must not pass over its newest checkpoint, and move it away, because files are short."""
     save_model(tmp_path / "model", tiny_model(0), metadata={})
     error = OSError(number, os.strerror(number))
@@ -420,14 +420,14 @@ def test_trouble_of_the_system_is_no_damage(tmp_path, monkeypatch, number, place
     assert not isinstance(caught.value, orbax_folder.DamagedError)
 
 
-def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch):
+def test_running_out_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
     save_model(tmp_path / "model", tiny_model(0), metadata={})
     monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", lambda *_, **__: bytearray(1 << 62))
     with pytest.raises(MemoryError):
         load_weights(tmp_path / "model")
 
 
-def test_a_folder_that_is_called_by_another_digit_is_no_step(tmp_path):
+def test_a_folder_named_by_a_non_ascii_digit_is_not_a_step(tmp_path):
     save_model(tmp_path / "run" / "7", tiny_model(0), metadata={})
     (tmp_path / "run" / "7").rename(tmp_path / "run" / "\N{SUPERSCRIPT TWO}")
     with pytest.raises(CheckpointError, match="no checkpoint of segjax in this folder"):
@@ -485,7 +485,7 @@ def harmed(saved_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("harm", ["removed", "halved", "flipped"])
-def test_whatever_file_is_damaged_the_model_is_refused_or_whole(harmed, harm):
+def test_a_model_with_a_damaged_file_is_refused_or_loaded_intact(harmed, harm):
     outcomes, _ = harmed
     whole = outcomes["whole"]
     assert whole != "refused"
@@ -494,16 +494,16 @@ def test_whatever_file_is_damaged_the_model_is_refused_or_whole(harmed, harm):
     assert {what: result for what, result in harmed_files.items() if result not in ("refused", whole)} == {}
 
 
-def test_loading_a_whole_checkpoint_prints_nothing(harmed):
+def test_loading_an_intact_checkpoint_prints_nothing(harmed):
     assert harmed[1].splitlines()[0] == ""
 
 
-def test_a_damaged_checkpoint_gives_its_error_without_threads_tracebacks(harmed):
+def test_a_damaged_checkpoint_gives_its_error_without_tracebacks(harmed):
     tracebacks = [line for line in harmed[1].splitlines() if "Traceback" in line or "never retrieved" in line]
     assert tracebacks == []
 
 
-def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_model, tmp_path):
+def test_metadata_that_do_not_fit_the_weights_are_refused_with_the_names(saved_model, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(saved_model[0], broken)
     (record,) = (path for path in files_below(broken / "about") if b"segformer_b0" in path.read_bytes())
@@ -517,7 +517,7 @@ def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_
 @pytest.mark.parametrize(
     "record", [{}, {"model": {"name": "segformer_b9", "num_classes": 5, "overrides": {}, "param_dtype": "float32"}}]
 )
-def test_a_record_that_names_no_known_model_is_refused(saved_model, tmp_path, record):
+def test_metadata_of_an_unknown_model_are_refused(saved_model, tmp_path, record):
     broken = tmp_path / "broken"
     shutil.copytree(saved_model[0], broken)
     (path,) = (path for path in files_below(broken / "about") if b"segformer_b0" in path.read_bytes())
@@ -526,7 +526,7 @@ def test_a_record_that_names_no_known_model_is_refused(saved_model, tmp_path, re
         load(broken)
 
 
-def test_text_is_written_whole_or_not_at_all(tmp_path):
+def test_text_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "result.json"
     atomic.write_text(path, "first")
     atomic.write_text(path, "second")

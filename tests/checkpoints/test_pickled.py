@@ -35,7 +35,7 @@ def test_arrays_in_a_pickle_of_any_protocol_are_read(tmp_path, protocol, seed):
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_broken_pickle_is_never_described_in_words_of_python(tmp_path, protocol):
+def test_errors_of_a_broken_pickle_never_quote_pythons_message(tmp_path, protocol):
     data, path = pickle.dumps(arrays(0), protocol), tmp_path / "m.pkl"
     begins = [place for _, _, place in pickletools.genops(data)]
     reasons = set()
@@ -61,14 +61,14 @@ class Module:
 
 
 @pytest.mark.parametrize("protocol", [0, 2])
-def test_modules_in_modules_are_named_by_their_path(tmp_path, protocol):
+def test_nested_modules_are_named_by_their_path(tmp_path, protocol):
     inner = Module({"weight": np.ones((2, 3))}, {})
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(Module({"bias": np.ones(2)}, {"a": inner, "b": inner}), protocol))
     assert sorted(read_checkpoint(tmp_path / "m.pkl").weights) == ["a.weight", "b.weight", "bias"]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_numbers_of_the_other_byte_order_are_read(tmp_path, protocol):
+def test_arrays_in_the_other_byte_order_are_read(tmp_path, protocol):
     swapped = {name: value.astype(value.dtype.newbyteorder()) for name, value in arrays(2).items()}
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(swapped, protocol))
     np.savez(tmp_path / "m.npz", **swapped)
@@ -78,7 +78,7 @@ def test_numbers_of_the_other_byte_order_are_read(tmp_path, protocol):
             np.testing.assert_array_equal(value, arrays(2)[name])
 
 
-def test_mappings_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path):
+def test_exponentially_nested_mappings_are_refused_quickly(tmp_path):
     entries: dict = {}
     for _ in range(60):
         entries = {"a": entries, "b": entries}
@@ -90,7 +90,7 @@ def test_mappings_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_pat
 
 
 @pytest.mark.parametrize("depth", [22, 60])
-def test_modules_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path, depth):
+def test_exponentially_nested_modules_are_refused_quickly(tmp_path, depth):
     module = Module({"weight": np.ones((2, 3))}, {})
     for _ in range(depth):
         module = Module({}, {"a": module, "b": module})
@@ -102,7 +102,7 @@ def test_modules_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path
 
 
 @pytest.mark.parametrize("protocol", [0, 2])
-def test_the_place_of_what_is_broken_is_named(tmp_path, protocol):
+def test_the_position_of_the_damage_is_named(tmp_path, protocol):
     path = tmp_path / "m.pkl"
     data = pickle.dumps(arrays(0), protocol)
     path.write_bytes(data[: len(data) // 2])

@@ -29,7 +29,7 @@ def prefixed(prefix, weights):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_any_prefix_is_found(model, dialect):
+def test_any_prefix_is_recognised(model, dialect):
     weights = to_torch(model, dialect=dialect)
     for prefix in (*PREFIXES, "segformer."):
         found = as_arrays(prefixed(prefix, weights))
@@ -38,7 +38,7 @@ def test_any_prefix_is_found(model, dialect):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_the_tensors_of_other_things_do_not_hide_it(model, dialect, caplog):
+def test_tensors_of_other_networks_do_not_hide_the_prefix(model, dialect, caplog):
     caplog.set_level(logging.INFO, "segjax")
     weights = to_torch(model, dialect=dialect)
     beside = {f"discriminator.{n}.weight": np.ones(3) for n in range(2 * len(weights))}
@@ -46,7 +46,7 @@ def test_the_tensors_of_other_things_do_not_hide_it(model, dialect, caplog):
     assert f"not used from the checkpoint ({len(beside)}): discriminator.0.weight" in caplog.text
 
 
-def test_modules_around_others_are_removed_at_any_depth(model):
+def test_wrapper_modules_are_removed_at_any_depth(model):
     weights = to_torch(model)
     wrapped = {
         key.replace("backbone.", "backbone._orig_mod.").replace(
@@ -57,7 +57,7 @@ def test_modules_around_others_are_removed_at_any_depth(model):
     assert as_arrays(prefixed("_fsdp_wrapped_module.", wrapped)).keys() == weights.keys()
 
 
-def test_a_parts_file_is_joined(model):
+def test_a_file_with_separate_parts_is_joined(model):
     weights = to_torch(model)
     parts = {"backbone": {}, "decode_head": {}}
     for key, value in weights.items():
@@ -74,7 +74,7 @@ def test_a_parts_file_is_joined(model):
         *("data_preprocessor.mean", "class_weights", "val_metrics.accuracy.tp"),
     ],
 )
-def test_tensors_next_to_the_network_are_left_out_and_named(model, name, caplog):
+def test_tensors_outside_the_network_are_omitted_and_named(model, name, caplog):
     caplog.set_level(logging.INFO, "segjax")
     weights = to_torch(model)
     for prefix in ("", "model."):
@@ -97,7 +97,7 @@ def test_other_tensors_are_refused_until_they_are_dropped(model, name, tmp_path,
     assert inspect.main([str(tmp_path / "o.safetensors")]) == 0
 
 
-def test_what_is_missing_is_kept_as_initialised(model, tmp_path, capsys):
+def test_missing_parameters_stay_as_initialised(model, tmp_path, capsys):
     weights = to_torch(model)
     del weights["decode_head.linear_fuse.conv.weight"], weights["decode_head.linear_c2.proj.bias"]
     np.savez(tmp_path / "w.npz", **weights)
@@ -122,7 +122,7 @@ def test_two_copies_of_the_network_are_refused(model):
         as_arrays(prefixed("module.", weights) | {key: weights[key]})
 
 
-def test_what_a_file_holds_instead_of_weights_is_named():
+def test_the_contents_of_a_file_without_weights_are_named():
     with pytest.raises(CheckpointError) as caught:
         as_arrays({"weights": None, "epoch": 3})
     assert str(caught.value).endswith("it holds weights: None, epoch: int")

@@ -28,14 +28,14 @@ def row(name):
     return published.table()[name]
 
 
-def test_each_line_of_the_file_is_a_row_with_a_source_of_its_own():
+def test_each_line_of_the_file_is_a_row_with_a_unique_source():
     lines = (resources.files("segjax.checkpoints") / published.FILE).read_text().splitlines()
     assert len(ROWS) == len(lines) - 1 == 162
     assert len({entry.source for entry in ROWS}) == len({entry.name for entry in ROWS}) == 162
     assert all(line.isascii() for line in lines)
 
 
-def test_a_row_is_of_a_model_and_of_settings_that_it_has():
+def test_a_row_has_a_known_model_and_known_settings():
     for entry in ROWS:
         model, dot, rest = entry.name.partition(".")
         assert (model, dot) == (entry.model, ".") and re.fullmatch(r"[\w.-]+", rest), entry.name
@@ -54,7 +54,7 @@ def test_a_row_is_of_a_model_and_of_settings_that_it_has():
             assert sizes == ((1, 1, 3, 2), (2, 2, 2, 2)), entry.name
 
 
-def test_a_row_has_a_source_digits_and_terms():
+def test_a_row_has_a_source_hash_digits_and_terms():
     for entry in ROWS:
         assert re.fullmatch(r"hf:[\w.-]+/[\w.-]+(@[0-9a-f]{40})?|https://[\w./?=-]+", entry.source), entry.name
         named = re.search(r"-([0-9a-f]{8})\.pth$", entry.source)
@@ -65,7 +65,7 @@ def test_a_row_has_a_source_digits_and_terms():
         assert set(entry.keys.split(" or ")) <= set(DIALECTS), entry.name
 
 
-def test_a_trained_row_has_classes_a_figure_with_its_source_and_a_protocol():
+def test_a_row_of_a_trained_model_has_classes_a_figure_and_a_protocol():
     for entry in ROWS:
         if entry.is_encoder:
             continue
@@ -84,7 +84,7 @@ def test_an_encoder_has_neither_classes_nor_figures():
             assert (entry.classes, entry.miou, entry.miou_multi_scale, dict(entry.protocol)) == (None, None, None, {})
 
 
-def test_settings_that_sources_do_not_share():
+def test_settings_that_differ_between_sources_are_right():
     assert row("hrnet_w48.ade20k-official").settings["align_corners"] is True
     assert row("hrnet_w48.coco_stuff10k").settings["align_corners"] is True
     assert row("hrnet_w48.ade20k").settings["align_corners"] is False
@@ -106,7 +106,7 @@ def test_each_pair_of_model_and_dataset_has_a_name_without_suffix():
 # ----------------------------------------------------------------------------------------------------------- classes
 
 
-def test_names_of_classes_are_those_of_the_benchmarks():
+def test_class_lists_match_those_of_the_benchmarks():
     assert {name: spec.num_classes for name, spec in CLASS_LISTS.items()} == {
         name: CLASSES[name] for name in CLASS_LISTS
     }
@@ -124,7 +124,7 @@ def test_names_of_classes_are_those_of_the_benchmarks():
     assert CLASS_LISTS["potsdam"].class_names == CLASS_LISTS["vaihingen"].class_names
 
 
-def test_a_dataset_without_classes_of_its_own_is_no_list():
+def test_a_dataset_without_its_own_classes_has_no_class_list():
     with pytest.raises(KeyError):
         classes_of_dataset("folder")
 
@@ -132,7 +132,7 @@ def test_a_dataset_without_classes_of_its_own_is_no_list():
 # ----------------------------------------------------------------------------------------------------------- listing
 
 
-def test_a_list_prints_a_line_of_each_with_its_figure_and_terms():
+def test_a_list_prints_one_line_for_each_row_with_figure_and_terms():
     found = segjax.list_weights("segformer_b2.*")
     lines = str(found).splitlines()
     assert [entry.name for entry in found] == [line.split()[0] for line in lines]
@@ -159,7 +159,7 @@ def test_the_command_prints_the_list_or_the_nearest_names(capsys):
     assert error.startswith("segjax weights: no published weights match") and "segformer_b2.cityscapes" in error
 
 
-def test_an_encoder_is_not_loaded_and_the_message_has_its_use():
+def test_loading_an_encoder_is_refused_and_its_use_is_explained():
     with pytest.raises(CheckpointError) as caught:
         load("hrnet_w48.imagenet")
     message = str(caught.value)
@@ -167,7 +167,7 @@ def test_an_encoder_is_not_loaded_and_the_message_has_its_use():
     assert "segjax train --config.init.checkpoint=hrnet_w48.imagenet" in message
 
 
-def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
+def test_an_existing_path_takes_precedence_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert published.find("segformer_b2.cityscapes").name == "segformer_b2.cityscapes"
     assert published.find("segformer_b2.nothing") is None
@@ -186,7 +186,7 @@ def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
         ("hrnet_w48.cityscape", "hrnet_w48.cityscapes"),
     ],
 )
-def test_nothing_there_names_the_nearest(source, names, tmp_path, monkeypatch):
+def test_an_unknown_source_is_refused_with_the_nearest_names(source, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=rf"{re.escape(source)}: there is no such file, .* the nearest: {names}"):
         load(source)

@@ -39,7 +39,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("command, option, value", CASES, ids=lambda value: " ".join(value)[:40])
-def test_a_number_out_of_range_is_refused_by_name_and_range(command, option, value, capsys):
+def test_a_number_out_of_range_is_refused_with_its_name_and_range(command, option, value, capsys):
     with pytest.raises(SystemExit) as end:
         entry.main([*command, option, *value.split()])
     message = capsys.readouterr().err.splitlines()[-1]
@@ -66,14 +66,14 @@ IMPOSSIBLE = {
 }
 
 
-def test_settings_that_cannot_be_are_all_listed_in_one_error(tmp_path, capsys):
+def test_all_invalid_settings_are_listed_in_one_error(tmp_path, capsys):
     settings = [f"--config.{key}={value}" for key, value in IMPOSSIBLE.items()]
     assert train.main([f"--workdir={tmp_path / 'run'}", *settings]) == 2
     listed = re.findall(r"^  config\.([\w.]+): .*must be ", capsys.readouterr().err, re.MULTILINE)
     assert sorted(listed) == sorted(IMPOSSIBLE) and list(tmp_path.iterdir()) == []
 
 
-def test_scenes_that_no_memory_holds_are_refused_before_they_are_drawn(tmp_path, capsys):
+def test_scenes_larger_than_memory_are_refused_before_they_are_drawn(tmp_path, capsys):
     settings = ["--config.data.train_images=1000000", "--config.data.size=(16384, 4096)"]
     assert train.main([f"--workdir={tmp_path / 'run'}", *settings]) == 2
     error = " ".join(capsys.readouterr().err.split())
@@ -82,7 +82,7 @@ def test_scenes_that_no_memory_holds_are_refused_before_they_are_drawn(tmp_path,
 
 
 @pytest.mark.parametrize("number", ["-1", "99999999999999999999"])
-def test_numbers_of_processes_are_checked(number, capsys):
+def test_the_number_of_processes_is_checked(number, capsys):
     assert train.main([f"--num_processes={number}"]) == 2
     assert "num_processes" in capsys.readouterr().err
 
@@ -102,7 +102,7 @@ PROCESSES = {
 
 @pytest.mark.parametrize("command", [("train",), PREDICT, EVALUATE], ids=lambda command: command[0])
 @pytest.mark.parametrize("given", PROCESSES, ids=" ".join)
-def test_flags_of_processes_that_do_not_fit_together_are_named(given, command, capsys):
+def test_incompatible_flags_for_processes_are_named(given, command, capsys):
     try:
         status = entry.main([*command, *given])
     except SystemExit as end:
@@ -132,7 +132,7 @@ def help_of(command, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_data_that_is_not_prepared_is_asked_for_with_a_flag_of_the_command(
+def test_for_unprepared_data_the_error_names_a_flag_of_the_command(
     command, arguments, flag, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
@@ -148,7 +148,7 @@ def test_data_that_is_not_prepared_is_asked_for_with_a_flag_of_the_command(
 # --------------------------------------------------------------------------------------------------- names from outside
 
 
-def test_tables_keep_their_columns_whatever_a_class_is_called(capsys):
+def test_columns_of_tables_stay_aligned_for_any_class_name(capsys):
     names = ["道路" * 30, "a\nb", "\x1b[2J", "\u202eevil", "x" * 500, "é", ""]
     entry_of = {"iou": 0.5, "accuracy": None, "precision": 0.25, "dice": 1.0, "pixels": 1234}
     means = {"mean_iou": 0.5, "pixel_accuracy": 0.5, "mean_accuracy": 0.5, "step": None}
@@ -188,7 +188,7 @@ def checkpoint(tmp_path_factory):
     ],
     ids=lambda arguments: " ".join(arguments[:2])[:20].partition("\n")[0],
 )
-def test_a_name_that_is_typed_stays_in_its_line_of_the_message(arguments, tmp_path, monkeypatch, capsys):
+def test_names_from_the_command_line_cannot_break_lines_of_messages(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cv2.imwrite("x.png", np.zeros((20, 30, 3), np.uint8))
     try:
@@ -210,7 +210,7 @@ def test_a_name_that_is_typed_stays_in_its_line_of_the_message(arguments, tmp_pa
         (("train", "--config=~/mine.py", "--workdir=~/run"), ["run"]),
     ],
 )
-def test_a_tilde_is_the_home_folder_wherever_it_stands(arguments, files, checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_tilde_is_expanded_in_every_path_argument(arguments, files, checkpoint, tmp_path, monkeypatch, capsys):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir(), here.mkdir()
     shutil.copy(checkpoint, home / "c.safetensors")
@@ -232,7 +232,7 @@ def test_a_tilde_is_the_home_folder_wherever_it_stands(arguments, files, checkpo
     assert list(here.iterdir()) == []
 
 
-def test_a_home_folder_of_nobody_is_refused_with_the_name(capsys):
+def test_the_home_folder_of_an_unknown_user_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         entry.main(["predict", "c.pth", "x.png", "--output=~nobody-of-this-name/out"])
     assert end.value.code == 2 and "there is no user 'nobody-of-this-name'" in capsys.readouterr().err

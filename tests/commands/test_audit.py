@@ -24,7 +24,7 @@ def call(*arguments):
     return audit.main([str(argument) for argument in arguments])
 
 
-def test_it_prints_the_first_regions_and_writes_a_report(model, tmp_path, capsys, monkeypatch):
+def test_audit_prints_the_first_regions_and_writes_a_report(model, tmp_path, capsys, monkeypatch):
     few = dataclasses.replace(specs.DATASETS["streets"], scenes=specs.Scenes(3, 2, (40, 64)))
     monkeypatch.setitem(specs.DATASETS, "streets", few)
     assert call(model, "streets", "--output", tmp_path / "out") == 0
@@ -40,7 +40,7 @@ def test_it_prints_the_first_regions_and_writes_a_report(model, tmp_path, capsys
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_model_that_was_trained_on_the_images_is_noted(split, model, tmp_path, capsys, monkeypatch):
+def test_training_on_the_audited_images_is_reported(split, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         specs.DATASETS,
         "streets",
@@ -68,7 +68,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, model, capsys, monkeypatch):
+def test_wrong_arguments_are_reported_with_status_2(arguments, model, capsys, monkeypatch):
     monkeypatch.chdir(model.parent)
     if "camvid" in arguments:
         opened = specs.DATASETS["camvid"].spec

@@ -10,7 +10,7 @@ from segjax.runtime import environment
     "arguments, state",
     [([], "nothing was written"), (["--json", "a.json"], "rows that were finished are in the --json file")],
 )
-def test_only_a_file_that_was_asked_for_is_said_to_hold_rows(arguments, state, capsys, monkeypatch):
+def test_an_interrupted_benchmark_names_only_a_requested_record(arguments, state, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 

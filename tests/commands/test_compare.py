@@ -33,7 +33,7 @@ def refused(capsys, *arguments):
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_it_prints_a_table_and_writes_a_report(models, tmp_path, capsys, monkeypatch):
+def test_compare_prints_a_table_and_writes_a_report(models, tmp_path, capsys, monkeypatch):
     import dataclasses
 
     few = dataclasses.replace(specs.DATASETS["streets"], scenes=specs.Scenes(3, 2, (40, 64)))
@@ -67,7 +67,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, models, capsys, monkeypatch):
+def test_wrong_arguments_are_reported_with_status_2(arguments, models, capsys, monkeypatch):
     monkeypatch.chdir(models[0].parent)
     if "camvid" in arguments:
         monkeypatch.setattr("segjax.inference.evaluate_dataset.refuse_other_classes", lambda *_: None)

@@ -38,13 +38,13 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(source, tmp_p
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["classes.json", "images", "labels"]
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_source_is_named(tmp_path, capsys):
     assert main(["import", "voc", str(tmp_path / "x"), str(tmp_path / "out")]) == 2
     assert "does not exist" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_import_that_is_interrupted_leaves_nothing(source, tmp_path, capsys, monkeypatch, error):
+def test_an_interrupted_import_leaves_nothing(source, tmp_path, capsys, monkeypatch, error):
     def stop(*_):
         assert list(tmp_path.glob(".out*"))
         raise error
@@ -55,7 +55,7 @@ def test_an_import_that_is_interrupted_leaves_nothing(source, tmp_path, capsys, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
-def test_pycocotools_is_named_with_its_command_where_it_is_missing(source, tmp_path, capsys, monkeypatch):
+def test_if_pycocotools_is_missing_its_pip_command_is_printed(source, tmp_path, capsys, monkeypatch):
     real = builtins.__import__
 
     def without(name, *rest, **more):

@@ -28,7 +28,7 @@ def make_split(sizes, seed=0):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_samples_are_the_first_batch_of_a_run_of_that_seed(seed, tmp_path, monkeypatch):
+def test_the_samples_are_the_first_batch_of_a_run_with_that_seed(seed, tmp_path, monkeypatch):
     split = make_split([(40, 60), (33, 70), (50, 50), (40, 60), (45, 61)])
     settings = default_config("folder").augment
     settings.crop = (24, 30)
@@ -50,7 +50,7 @@ def test_the_samples_are_the_first_batch_of_a_run_of_that_seed(seed, tmp_path, m
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_page_has_every_image_and_the_colours_of_all_classes_that_occur(number, tmp_path):
+def test_a_page_shows_every_image_and_the_colours_of_its_classes(number, tmp_path):
     size = (40, 50)
     shades = np.arange(number, dtype=np.uint8) * 20 + 130
     images = np.broadcast_to(shades[:, None, None, None], (number, *size, 3))
@@ -79,7 +79,7 @@ def test_the_command_draws_streets_without_any_data(tmp_path, capsys, monkeypatc
     assert other.exists()
 
 
-def test_the_command_says_in_one_line_what_is_wrong(capsys):
+def test_the_command_reports_an_error_in_one_line(capsys):
     assert show.main(["streets", "--split", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("segjax data show: streets: no split 'nowhere'")
     with pytest.raises(SystemExit):
@@ -98,7 +98,7 @@ def test_samples_that_do_not_fit_into_memory_are_refused(available, of, tmp_path
     assert said.endswith("; give a smaller --num or --crop") and list(tmp_path.iterdir()) == []
 
 
-def test_samples_beyond_any_memory_are_refused_before_a_dataset_is_opened(capsys, monkeypatch):
+def test_samples_beyond_all_memory_are_refused_before_opening_a_dataset(capsys, monkeypatch):
     monkeypatch.setattr(memory, "host", lambda: 64 * 2**30)
     monkeypatch.setattr(show, "_data", lambda _: pytest.fail("opens the dataset"))
     assert show.main(["--num", "20", "--crop", "16384", "16384"]) == 2
@@ -107,7 +107,7 @@ def test_samples_beyond_any_memory_are_refused_before_a_dataset_is_opened(capsys
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
-def test_samples_of_other_channels_are_shown_by_their_first_bands(channels, dtype, tmp_path, monkeypatch):
+def test_samples_with_other_channels_are_shown_by_their_first_bands(channels, dtype, tmp_path, monkeypatch):
     made_bands.folder(tmp_path / "given", channels, dtype)
     shown = {}
     monkeypatch.setattr(pictures, "save_samples", lambda path, images, labels, spec, titles: shown.update(all=images))

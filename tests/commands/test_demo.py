@@ -29,7 +29,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_the_size_of_evaluation_is_compiled_before_the_page_is_there(model, capsys, monkeypatch):
+def test_the_evaluation_size_is_compiled_before_the_page_is_served(model, capsys, monkeypatch):
     served = []
 
     def serve(self, *parts, announce):
@@ -50,7 +50,7 @@ def test_the_size_of_evaluation_is_compiled_before_the_page_is_there(model, caps
     assert max(map(len, said.replace(str(model), "x").splitlines())) <= 80
 
 
-def test_ctrl_c_ends_it_with_one_line_and_the_status_of_all_commands(tmp_path):
+def test_ctrl_c_ends_demo_with_one_line_and_status_130(tmp_path):
     orbax_folder.save_model(tmp_path / "model", tiny_model(1, num_classes=5), metadata={})
     command = [sys.executable, "-m", "segjax.demo", tmp_path / "model", "--port", "0"]
     pipe = subprocess.PIPE
@@ -83,7 +83,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, model, capsys, monkeypatch):
+def test_wrong_arguments_are_reported_with_status_2(arguments, model, capsys, monkeypatch):
     monkeypatch.chdir(model.parent)
     try:
         status = demo.main(list(arguments))
@@ -92,7 +92,7 @@ def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, model
     assert status == 2 and WRONG[arguments] in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_read(capsys):
+def test_an_occupied_port_is_reported_before_the_model_is_read(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert demo.main(["nowhere", "--port", str(port)]) == 2

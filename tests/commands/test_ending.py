@@ -26,7 +26,7 @@ def ended(capsys, error, **settings):
 
 
 @pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])
-def test_the_status_of_a_command_is_what_it_returns(returned, status, capsys):
+def test_the_exit_status_of_a_command_is_its_return_value(returned, status, capsys):
     assert run_command("segjax try", lambda: returned) == status
     assert capsys.readouterr() == ("", "")
 
@@ -47,31 +47,31 @@ def missing():
         (KeyboardInterrupt(), 130, "stopped; nothing was written"),
     ],
 )
-def test_wrong_input_failed_checks_and_ctrl_c_are_one_message(error, status, message, capsys):
+def test_wrong_input_failed_checks_and_ctrl_c_give_one_message(error, status, message, capsys):
     assert ended(capsys, error) == (status, "", f"segjax try: {message}\n")
 
 
-def test_an_error_that_is_nobodys_input_keeps_its_traceback(capsys):
+def test_an_internal_error_keeps_its_traceback(capsys):
     status, out, err = ended(capsys, ZeroDivisionError("division by zero"))
     assert (status, out) == (1, "")
     assert err.startswith("Traceback") and err.endswith("ZeroDivisionError: division by zero\n") and "in run" in err
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_comes_with_what_to_do(number, capsys):
+def test_the_message_for_a_full_disk_has_advice(number, capsys):
     status, _, err = ended(capsys, OSError(number, os.strerror(number), "o.pth"), full_disk="make room, then --resume")
     assert status == 2
     assert err == f"segjax try: o.pth: {os.strerror(number)}.\n  Make room, then --resume\n"
 
 
-def test_messages_are_wrapped_and_cannot_steer_the_terminal(capsys):
+def test_messages_are_wrapped_and_control_characters_are_escaped(capsys):
     _, _, err = ended(capsys, ValueError("word " * 40 + "\x1b[2J\udc80\n  a line   as it is"))
     lines = err.splitlines()
     assert all(len(line) <= 80 for line in lines) and len(lines) > 2
     assert "\\x1b[2J\\udc80" in err and "\x1b" not in err and lines[-1] == "  a line   as it is"
 
 
-def test_what_the_library_logs_is_printed_during_the_command_only(capsys):
+def test_log_messages_are_printed_only_during_the_command(capsys):
     logger = logging.getLogger("segjax")
     before = logger.handlers, logger.level, logger.propagate
 
@@ -103,7 +103,7 @@ PRINTS = """if True:
 """
 
 
-def test_a_reader_that_has_gone_ends_a_command_quietly():
+def test_a_closed_pipe_ends_a_command_quietly():
     with subprocess.Popen([sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"first\n"
         process.stdout.close()
@@ -114,7 +114,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
 @pytest.mark.parametrize(
     "command", [["train", "--help"], ["predict", "--help"], ["data", "show", "--help"], ["--help"]]
 )
-def test_help_that_cannot_be_printed_is_no_traceback(command, capfd, monkeypatch):
+def test_help_that_cannot_be_printed_gives_no_traceback(command, capfd, monkeypatch):
     name = " ".join(["segjax", *command[:-1]])
     (reading, writing), full = os.pipe(), os.open("/dev/full", os.O_WRONLY)
     os.close(reading)
@@ -138,7 +138,7 @@ def test_a_process_without_stdout_prints_nothing(capfd, monkeypatch):
     assert "IndexError" in capfd.readouterr().err
 
 
-def test_an_error_of_the_system_without_a_file_has_no_number(capsys):
+def test_a_system_error_without_a_file_is_printed_without_its_number(capsys):
     assert ended(capsys, OSError(errno.ENOTCONN, "Not connected"))[2] == "segjax try: Not connected\n"
 
 
@@ -147,7 +147,7 @@ def _raised_below(path):
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_line_breaks_of_a_path_are_escaped_and_those_of_the_message_stay(chained, capsys):
+def test_line_breaks_are_escaped_in_paths_and_kept_in_messages(chained, capsys):
     def run():
         paths = [Path("in/a\nb.png"), Path("c.png")]
         if not chained:
@@ -167,6 +167,6 @@ def test_line_breaks_of_a_path_are_escaped_and_those_of_the_message_stay(chained
     ]
 
 
-def test_the_file_of_a_systems_error_stays_in_its_line(capsys):
+def test_line_breaks_in_the_file_name_of_a_system_error_are_escaped(capsys):
     error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), b"a\nb\xff.png")
     assert ended(capsys, error)[2] == "segjax try: a\\nb\\udcff.png: No such file or directory\n"

@@ -101,7 +101,7 @@ def red(images):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size):
+def test_the_worst_images_have_the_lowest_mean_iou(seed, batch_size):
     split = make_split(seed)
     measured = evaluation.measure(red, split, SPEC, batch_size=batch_size, shown=5)
     ious, total = [], np.zeros((3, 3), np.int64)
@@ -136,7 +136,7 @@ def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size)
 
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("named", [("--workdir",), ("--checkpoint",), ()], ids=" ".join)
-def test_a_training_is_measured_to_be_exactly_what_it_says(named, best, workdir, capsys):
+def test_evaluating_a_run_gives_exactly_its_recorded_result(named, best, workdir, capsys):
     assert call(*named, workdir, *["--best"] * best) == 0
     printed = capsys.readouterr().out
     folder = workdir / ("report-best" if best else "report")
@@ -149,7 +149,7 @@ def test_a_training_is_measured_to_be_exactly_what_it_says(named, best, workdir,
     assert_fits(printed.replace(str(workdir), "run"))
 
 
-def test_a_full_disk_leaves_the_older_report_whole(workdir, tmp_path, capfd):
+def test_a_full_disk_leaves_the_older_report_intact(workdir, tmp_path, capfd):
     (tmp_path / "worst").mkdir()
     for name in (*FILES[:-1], "worst/01.png"):
         (tmp_path / name).write_text("old")
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_the_older_report_whole(workdir, tmp_path, capfd):
     assert runs.contents(tmp_path) == before
 
 
-def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, capsys):
+def test_a_run_older_than_some_settings_is_evaluated(workdir, tmp_path, capsys):
     weights, about = orbax_folder.load_weights(workdir)
     config = {key: value for key, value in about["config"].items() if key not in ("debug", "init", "loss", "optim")}
     config["data"] = {key: value for key, value in config["data"].items() if key not in ("cache_gb", "resident_gb")}
@@ -180,7 +180,7 @@ def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, cap
     assert "a run of segjax\n" in capsys.readouterr().out
 
 
-def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):
+def test_a_run_is_evaluated_on_its_own_number_of_generated_scenes(workdir, monkeypatch):
     monkeypatch.setitem(GENERATORS, "streets", lambda split, **drawn: (split, drawn["num_images"]))
     config = orbax_folder.load_metadata(workdir)["config"]
 
@@ -193,7 +193,7 @@ def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, 
     assert drawn("train") == ("train", 5)
 
 
-def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
+def test_a_difference_from_the_recorded_result_is_reported(workdir, tmp_path, capsys):
     recorded = runs.result_of(workdir)
     summary = {key: recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step")}
     (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
@@ -218,7 +218,7 @@ def test_a_checkpoint_is_evaluated_on_the_scenes_of_its_run(workdir, tmp_path, c
     assert_fits(printed.replace(str(output), "report").replace(str(workdir), "run"))
 
 
-def test_a_temperature_is_fitted_once_and_used_later(workdir, tmp_path, capsys):
+def test_a_fitted_temperature_is_used_later(workdir, tmp_path, capsys):
     run = shutil.copytree(workdir, tmp_path / "run")
     assert "no temperature was fitted for the weights" in refused(capsys, run, "--temperature", "fitted")
     assert call(run, "--data", "streets:train", "--fit-temperature", "--output", tmp_path / "a") == 0
@@ -237,7 +237,7 @@ def test_a_temperature_is_fitted_once_and_used_later(workdir, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------- of any checkpoint
 
 
-def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, capsys):
+def test_a_folder_is_evaluated_with_a_sliding_window_at_several_scales(shapes, tmp_path, capsys):
     given = (shapes.model, "--source", shapes.source, "--data-dir", shapes.data)
     protocol = ("--mode", "slide", "--crop", 32, 32, "--scales", 1, 1.25, "--flip", "--size-divisor", 8, "--batch", 3)
     base = ("--base-size", 64, 48)
@@ -264,7 +264,7 @@ def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, 
     assert found["mean_iou"] == metrics.summarise(counts)["mean_iou"]
 
 
-def test_corrupted_images_are_announced_and_their_figures_printed(shapes, tmp_path, capsys):
+def test_evaluations_of_corrupted_images_are_announced_and_printed(shapes, tmp_path, capsys):
     given = (shapes.model, "--data", "folder:test", "--source", shapes.source, "--data-dir", shapes.data)
     assert call(*given, "--corruptions", "--output", tmp_path / "out") == 0
     printed, corrupted = capsys.readouterr().out, results(tmp_path / "out")["corruptions"]
@@ -278,7 +278,7 @@ def test_corrupted_images_are_announced_and_their_figures_printed(shapes, tmp_pa
     assert_fits(printed[printed.index("mIoU on corrupted images") :].replace(str(tmp_path), "x"))
 
 
-def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, capsys):
+def test_a_checkpoint_with_other_classes_is_refused(shapes, workdir, tmp_path, capsys):
     folder = ("--data", "folder:val", "--source", shapes.source, "--data-dir", shapes.data, "--output", tmp_path)
     message = refused(capsys, "--checkpoint", workdir, *folder)
     assert "the model has 19 classes of streets, but source has 3" in message
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, cap
     assert "1 is 'other', not 'thing', 2 is 'thing', not 'other'" in message and "of other are not those of" in message
 
 
-def test_classes_without_names_are_taken_as_they_come(shapes, tmp_path, capsys, monkeypatch):
+def test_classes_without_names_are_accepted(shapes, tmp_path, capsys, monkeypatch):
     model = tiny_model(1, num_classes=19)
     orbax_folder.save_model(tmp_path / "model", model, metadata={})
     few = dataclasses.replace(specs.DATASETS["streets"], scenes=specs.Scenes(3, 2, (40, 64)))
@@ -333,12 +333,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, capsys, tmp_path, monkeypatch):
+def test_wrong_arguments_are_reported_with_status_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert WRONG[arguments] in refused(capsys, *arguments)
 
 
-def test_a_report_that_cannot_be_written_is_refused_first(tmp_path, capsys, monkeypatch):
+def test_an_unwritable_report_is_refused_before_evaluation(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path / "file" / "report")
     assert f"{tmp_path / 'file'} is a file; choose another folder" in message
@@ -347,7 +347,7 @@ def test_a_report_that_cannot_be_written_is_refused_first(tmp_path, capsys, monk
     assert "cannot be written to" in message
 
 
-def test_a_folder_that_is_no_training_is_told_how_to_be_evaluated(shapes, capsys):
+def test_for_a_folder_that_is_not_a_run_the_error_names_the_option(shapes, capsys):
     for arguments in (("--workdir", shapes.model), (shapes.model,), (shapes.source / "classes.json",)):
         message = refused(capsys, *arguments)
         assert f"{arguments[-1]} is not the folder of a run" in message and "--data NAME" in message

@@ -27,7 +27,7 @@ def run(*arguments, **settings):
     )
 
 
-def test_help_lists_every_command_with_a_line(capsys):
+def test_help_describes_every_command_in_one_line(capsys):
     assert entry.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, (_, text) in entry.COMMANDS.items():
@@ -36,7 +36,7 @@ def test_help_lists_every_command_with_a_line(capsys):
 
 
 @pytest.mark.parametrize("argument", ["--help", "--version", "evalaute"])
-def test_the_first_line_comes_without_importing_jax(argument):
+def test_help_and_errors_are_printed_without_importing_jax(argument):
     done = run("-X", "importtime", "-m", "segjax", argument)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"segjax", "difflib"} <= imported
@@ -46,7 +46,7 @@ def test_the_first_line_comes_without_importing_jax(argument):
 @pytest.mark.parametrize(
     "arguments", [*([name, "--help"] for name in entry.COMMANDS), ["data", "show", "--help"]], ids=" ".join
 )
-def test_help_of_a_command_comes_without_importing_jax(arguments):
+def test_help_of_a_command_is_printed_without_importing_jax(arguments):
     done = run("-X", "importtime", "-m", "segjax", *arguments)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert done.returncode == 0 and done.stdout.startswith(f"usage: segjax {arguments[0]}")
@@ -70,7 +70,7 @@ def test_the_version_is_that_of_the_package(capsys):
         ([], "segjax: no command; there are train, evaluate,"),
     ],
 )
-def test_a_word_that_is_no_command_is_answered_with_status_2(arguments, words, capsys):
+def test_an_unknown_command_ends_with_status_2(arguments, words, capsys):
     assert entry.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and words in captured.err
@@ -126,11 +126,11 @@ CPU_ONLY = """if True:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_commands_that_do_not_compute_leave_a_gpu_alone(arguments, tmp_path):
+def test_commands_that_do_not_compute_do_not_use_a_gpu(arguments, tmp_path):
     assert run("-c", CPU_ONLY, *arguments, cwd=tmp_path).stdout.splitlines()[-1] == "platforms cpu"
 
 
-def test_names_of_the_package_are_imported_when_asked_for():
+def test_names_of_the_package_are_imported_on_first_use():
     for name in segjax.__all__:
         assert getattr(segjax, name) is not None and name in dir(segjax)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -121,7 +121,7 @@ def assert_same_results(ours, theirs):
 
 
 @pytest.mark.parametrize("report", ["report", "slide"])
-def test_the_results_of_two_processes_are_those_of_one(report, both):
+def test_results_of_two_processes_equal_those_of_one(report, both):
     found = assert_same_results(both.two / report, both.one / report)
     assert found["device"]["number"] == 4 and found["data"]["images"] == len(SIZES)
     for name in ("confusion.csv", "classes.csv"):
@@ -130,7 +130,7 @@ def test_the_results_of_two_processes_are_those_of_one(report, both):
 
 
 @pytest.mark.parametrize("folder", ["images", "few"])
-def test_the_files_of_two_processes_are_those_of_one(folder, both):
+def test_files_of_two_processes_equal_those_of_one(folder, both):
     def files(root):
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -139,7 +139,7 @@ def test_the_files_of_two_processes_are_those_of_one(folder, both):
     assert len(of_one) == 1 + 3 * {"images": len(SIZES), "few": 1}[folder]
 
 
-def test_the_videos_of_two_processes_are_those_of_one(both):
+def test_videos_of_two_processes_equal_those_of_one(both):
     def paths(root):
         return sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
 
@@ -155,7 +155,7 @@ def test_the_videos_of_two_processes_are_those_of_one(both):
         assert times == their_times
 
 
-def test_the_first_process_reports_for_both(both):
+def test_only_the_first_process_reports(both):
     (_, first, errors), (_, second, others) = both.ended
     words = " ".join(first.split())
     assert "4 x cpu of 2 processes" in words and "wrote 7 images" in words and "wrote 1 image in" in words
@@ -165,7 +165,7 @@ def test_the_first_process_reports_for_both(both):
     assert last == "statuses [0, 0, 1, 0, 0]" and others == ""
 
 
-def test_an_evaluation_goes_on_with_what_processes_counted_before_one_died(made, tmp_path, capsys, both):
+def test_an_evaluation_continues_with_the_counts_from_before_a_death(made, tmp_path, capsys, both):
     command = commands(made, tmp_path)[0]
     (first, _, errors), (second, _, _) = run_in_two(tmp_path, [command], death="evaluate")
     assert first not in (0, 1) and second == -9

@@ -61,7 +61,7 @@ def below(folder):
 # ------------------------------------------------------------------------------------------------------------- planning
 
 
-def test_outputs_keep_the_folders_below_what_was_given(tmp_path):
+def test_outputs_keep_the_folder_structure_below_an_input(tmp_path):
     for name in ("in/a.png", "in/trip/b.jpg", "in/trip/deep/c.TIFF", "in/notes.txt", "in/.hidden.png", "in/.git/d.png"):
         put(tmp_path / "in" / "x.png", scene(0, 8, 9))
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def test_outputs_keep_the_folders_below_what_was_given(tmp_path):
     ]
 
 
-def test_the_order_is_that_of_the_arguments_and_nothing_is_done_twice(tmp_path):
+def test_inputs_are_processed_once_in_the_order_of_the_arguments(tmp_path):
     for name in ("b/2.png", "b/10.png", "a/1.png"):
         put(tmp_path / name, scene(0, 8, 9))
     inputs = [str(tmp_path / name) for name in ("b/2.png", "a", "b", "a/1.png")]
@@ -91,7 +91,7 @@ def test_the_order_is_that_of_the_arguments_and_nothing_is_done_twice(tmp_path):
     assert [str(job.source.relative_to(tmp_path)) for job in jobs] == ["b/2.png", "a/1.png", "b/10.png"]
 
 
-def test_everything_wrong_with_the_inputs_is_told_before_anything_starts(tmp_path, capsys):
+def test_all_problems_with_inputs_are_reported_before_anything_starts(tmp_path, capsys):
     put(tmp_path / "a" / "x.png", scene(0, 8, 9))
     put(tmp_path / "b" / "x.jpg", scene(1, 8, 9))
     (tmp_path / "empty").mkdir()
@@ -120,7 +120,7 @@ def test_an_input_is_never_overwritten_and_outputs_never_become_inputs(tmp_path,
         assert below(tmp_path / "out") == ["labels/labels/x.png", "overlay/labels/x.jpg", "predict.json"]
 
 
-def test_images_of_one_name_in_a_folder_are_refused(tmp_path, capsys):
+def test_images_with_the_same_output_name_are_refused(tmp_path, capsys):
     for name in ("x.png", "x.bmp"):
         put(tmp_path / "in" / name, scene(0, 8, 9))
     assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
@@ -132,7 +132,7 @@ def test_images_of_one_name_in_a_folder_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
-def test_an_image_is_turned_upright_as_exif_says(orientation, suffix, tmp_path):
+def test_exif_orientation_is_applied(orientation, suffix, tmp_path):
     stored = cv2.GaussianBlur(scene(orientation, 24, 40), (9, 9), 3)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -153,7 +153,7 @@ def test_an_image_is_turned_upright_as_exif_says(orientation, suffix, tmp_path):
     assert np.abs(found.astype(int) - upright).mean() < 3
 
 
-def test_every_form_of_image_is_read_as_what_one_sees(tmp_path):
+def test_every_kind_of_image_is_read_as_it_is_displayed(tmp_path):
     image = scene(0, 21, 30)
     grey = image[..., 0]
     alpha = np.random.default_rng(0).integers(0, 256, (21, 30, 1), dtype=np.uint8)
@@ -176,7 +176,7 @@ def test_every_form_of_image_is_read_as_what_one_sees(tmp_path):
     np.testing.assert_array_equal(found[..., 2], np.round(fine[..., 0] / 257).astype(np.uint8))
 
 
-def test_what_cannot_be_read_is_told_why(tmp_path):
+def test_unreadable_images_are_refused_with_the_reason(tmp_path):
     whole = put(tmp_path / "whole.png", scene(0, 40, 50)).read_bytes()
     file = io.BytesIO()
     Image.fromarray(scene(0, 40, 50)).save(file, "jpeg")
@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_told_why(tmp_path):
 
 
 @pytest.mark.parametrize("checkpoint", [1, 5])
-def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, capsys):
+def test_every_kind_of_output_shows_the_models_predictions(checkpoint, tmp_path, capsys):
     model, spec = MODELS[checkpoint]
     images = {"a": scene(0, 33, 50), "sub/b": scene(1, 40, 31), "c": scene(2, 33, 50)}
     for name, image in images.items():
@@ -247,7 +247,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
 
 @pytest.mark.parametrize("still", [True, False])
 @pytest.mark.parametrize("draw", [overlay.over, overlay.side_by_side])
-def test_the_legend_has_only_the_colours_of_classes_that_occur(draw, still):
+def test_the_legend_has_only_the_colours_of_predicted_classes(draw, still):
     image, labels = np.full((60, 400, 3), 128, np.uint8), np.zeros((60, 400), np.uint8)
     labels[:, 100:] = 3
     picture = draw(image, labels, SPEC, still=still)
@@ -272,7 +272,7 @@ def test_a_video_of_many_classes_keeps_its_height_and_shows_the_largest():
     assert len(shapes) == 1
 
 
-def test_a_picture_narrower_than_its_legend_is_widened_with_white():
+def test_a_picture_narrower_than_its_legend_is_padded_with_white():
     labels = np.zeros((30, 40), np.uint8)
     picture = overlay.over(np.zeros((30, 40, 3), np.uint8), labels, SPEC)
     assert picture.shape[1] == overlay.NARROWEST and (picture[:30, 40:] == 255).all()
@@ -281,7 +281,7 @@ def test_a_picture_narrower_than_its_legend_is_widened_with_white():
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def test_a_bad_file_is_told_in_the_end_and_the_rest_is_done(tmp_path, capsys):
+def test_a_bad_file_is_reported_at_the_end_and_the_others_are_done(tmp_path, capsys):
     for seed in range(6):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
     (tmp_path / "in" / "2.png").write_bytes((tmp_path / "in" / "2.png").read_bytes()[:60])
@@ -294,7 +294,7 @@ def test_a_bad_file_is_told_in_the_end_and_the_rest_is_done(tmp_path, capsys):
     assert below(tmp_path / "out") == ["labels/0.png", "labels/1.png", "labels/3.png", "labels/5.png", "predict.json"]
 
 
-def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path, capsys, monkeypatch):
+def test_an_image_that_the_model_refuses_is_reported_with_the_reason(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("segjax.inference.predictor.LARGEST_WHOLE", 25 * 30)
     for name, size in (("a", (20, 30)), ("b", (40, 30)), ("c", (20, 30))):
         put(tmp_path / "in" / f"{name}.png", scene(0, *size))
@@ -313,7 +313,7 @@ def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path,
         (("--flip", "--scales", "0.5", "2"), "an image of 20x30 that is resized to 40x60 needs"),
     ],
 )
-def test_what_exceeds_memory_is_one_message_before_writing(given, words, tmp_path, capsys, monkeypatch):
+def test_exceeding_memory_gives_one_message_before_writing(given, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "host", lambda: 1000)
     for seed, size in enumerate([(40, 70), (20, 30), (50, 40), (30, 30)]):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, *size))
@@ -338,7 +338,7 @@ def test_an_image_too_large_for_memory_is_named_and_the_others_are_done(tmp_path
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")])
-def test_memory_that_runs_out_at_the_first_image_is_one_message(error, tmp_path, capsys, monkeypatch):
+def test_running_out_of_memory_at_the_first_image_gives_one_message(error, tmp_path, capsys, monkeypatch):
     def fails(*_):
         raise error
 
@@ -352,7 +352,7 @@ def test_memory_that_runs_out_at_the_first_image_is_one_message(error, tmp_path,
 
 
 @pytest.mark.parametrize("settings, size", [((), (21, 30)), (("--mode", "slide", "--crop", "16", "14"), (16, 14))])
-def test_every_device_gets_an_image_or_a_crop_at_a_time(settings, size, tmp_path):
+def test_every_device_gets_one_image_or_crop_at_a_time(settings, size, tmp_path):
     for seed in range(6):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 21, 30))
     PROGRAMS.clear()
@@ -365,7 +365,7 @@ def test_every_device_gets_an_image_or_a_crop_at_a_time(settings, size, tmp_path
         )
 
 
-def test_a_batch_is_no_larger_than_there_are_images(tmp_path):
+def test_a_batch_is_not_larger_than_the_number_of_images(tmp_path):
     for seed in range(3):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 21, 30))
     PROGRAMS.clear()
@@ -373,7 +373,7 @@ def test_a_batch_is_no_larger_than_there_are_images(tmp_path):
     assert set(PROGRAMS) == {(-(-3 // jax.local_device_count()) * jax.local_device_count(), 21, 30, 3)}
 
 
-def test_resume_does_what_is_missing_and_nothing_else(tmp_path, capsys):
+def test_resume_predicts_only_what_is_missing(tmp_path, capsys):
     for seed in range(3):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
     out = tmp_path / "out"
@@ -390,7 +390,7 @@ def test_resume_does_what_is_missing_and_nothing_else(tmp_path, capsys):
     assert "everything is done already" in capsys.readouterr().out
 
 
-def test_resume_makes_anew_what_an_earlier_run_has_left(tmp_path, capsys):
+def test_resume_overwrites_outputs_of_other_settings(tmp_path, capsys):
     """Of two runs with other settings into one folder, the second was for a part of the images, or was killed."""
     for name in ("a", "b"):
         put(tmp_path / "in" / f"{name}.png", scene(len(name), 20, 30))
@@ -406,7 +406,7 @@ def test_resume_makes_anew_what_an_earlier_run_has_left(tmp_path, capsys):
     assert [name for name, path in files.items() if path.stat().st_mtime_ns != times[name]] == ["b"]
 
 
-def test_resume_refuses_what_was_made_by_other_weights_or_settings(tmp_path, capsys):
+def test_resume_refuses_outputs_of_other_weights_or_settings(tmp_path, capsys):
     put(tmp_path / "x.png", scene(0, 20, 30))
     arguments = (tmp_path / "x.png", "--output", tmp_path / "out")
     assert run(*arguments) == 0
@@ -417,7 +417,7 @@ def test_resume_refuses_what_was_made_by_other_weights_or_settings(tmp_path, cap
     assert run(*arguments, "--flip") == 0
 
 
-def test_a_base_size_and_a_divisor_are_settings_that_resume_compares(tmp_path, capsys):
+def test_resume_compares_the_base_size_and_the_divisor(tmp_path, capsys):
     put(tmp_path / "x.png", scene(0, 20, 30))
     arguments, resized = (
         (tmp_path / "x.png", "--output", tmp_path / "out"),
@@ -447,7 +447,7 @@ def test_a_base_size_and_a_divisor_are_settings_that_resume_compares(tmp_path, c
         ("weights_sha256", "made with other weights_sha256 ("),
     ],
 )
-def test_resume_names_what_is_wrong_with_the_record_and_leaves_everything(content, words, tmp_path, capsys):
+def test_resume_with_a_damaged_record_changes_nothing_and_names_the_fault(content, words, tmp_path, capsys):
     for seed in range(2):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
     out = tmp_path / "out"
@@ -476,7 +476,7 @@ def test_resume_in_a_folder_without_outputs_needs_no_record(tmp_path):
     assert run(tmp_path / "x.png", "--output", tmp_path / "out", "--resume") == 0
 
 
-def test_a_scale_is_a_setting_that_resume_compares(tmp_path, capsys):
+def test_resume_compares_the_scale(tmp_path, capsys):
     image = scene(0, 20, 30)
     cv2.imwrite(str(tmp_path / "x.tif"), image[..., ::-1].astype(np.uint16) * 10)
     arguments = (tmp_path / "x.tif", "--output", tmp_path / "out", "--write", "labels")
@@ -495,7 +495,7 @@ def test_a_scale_is_a_setting_that_resume_compares(tmp_path, capsys):
     assert "--scale has two numbers" in capsys.readouterr().err
 
 
-def test_what_is_skipped_is_counted_and_named(tmp_path, capsys):
+def test_skipped_files_are_counted_and_named(tmp_path, capsys):
     put(tmp_path / "in" / "a.png", scene(0, 20, 30))
     for name in ("notes.txt", "table.csv", ".DS_Store"):
         (tmp_path / "in" / name).write_text("text")
@@ -506,7 +506,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path, capsys):
     assert all(name in said for name in ("notes.txt", "table.csv", "hidden: ", ".DS_Store", "in/self"))
 
 
-def test_files_of_several_images_are_named(tmp_path, capsys):
+def test_files_with_several_images_are_named(tmp_path, capsys):
     """Pages and frames; not previews, reduced copies or masks of a page, and not one image in a format of several."""
     first, *others = (Image.fromarray(scene(seed, 20, 30)) for seed in range(3))
     (tmp_path / "in").mkdir()
@@ -526,7 +526,7 @@ def test_files_of_several_images_are_named(tmp_path, capsys):
     assert "wrote 9 images" in said
 
 
-def test_every_input_that_cannot_be_decoded_is_named_and_the_rest_is_done(tmp_path, capfd):
+def test_every_undecodable_input_is_named_and_the_others_are_done(tmp_path, capfd):
     """Damage, bombs, FIFOs and links to nothing; nothing is made up, and no library prints to the terminal."""
     put(tmp_path / "in" / "whole.jpg", scene(0, 40, 50))
     noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
@@ -565,7 +565,7 @@ def test_every_input_that_cannot_be_decoded_is_named_and_the_rest_is_done(tmp_pa
     assert below(tmp_path / "out") == ["labels/large.png", "labels/whole.png", "predict.json"]
 
 
-def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
+def test_outputs_are_complete_or_absent(tmp_path, monkeypatch, capsys):
     put(tmp_path / "a.png", scene(0, 20, 30))
     out = tmp_path / "out"
     old = out / "labels" / "a.png"
@@ -586,7 +586,7 @@ def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
     assert below(out) == ["labels/a.png", "predict.json"]
 
 
-def test_an_output_that_is_removed_while_others_are_written_is_told(tmp_path, monkeypatch, capsys):
+def test_an_output_that_is_removed_during_prediction_is_reported(tmp_path, monkeypatch, capsys):
     for seed in range(3):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
     save = batch_run.save
@@ -621,7 +621,7 @@ def test_the_checkpoint_is_the_first_argument_or_an_option(tmp_path, capsys):
     assert "the following arguments are required: INPUT" in capsys.readouterr().err
 
 
-def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_stops_prediction_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
     for seed in range(30):
         put(tmp_path / "in" / f"{seed:02d}.png", scene(seed, 20, 30))
     written = []
@@ -638,7 +638,7 @@ def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name, problem", [("labels", "labels is a file"), ("labels/sub", "sub is a file")])
-def test_an_output_folder_that_cannot_be_written_is_refused_first(name, problem, tmp_path, capsys, monkeypatch):
+def test_an_unwritable_output_folder_is_refused_before_prediction(name, problem, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(batch_run.Predictor, "labels", lambda *_: pytest.fail("computes"))
     put(tmp_path / "in" / "a.png", scene(0, 20, 30))
     put(tmp_path / "in" / "sub" / "b.png", scene(1, 20, 30))
@@ -652,7 +652,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_first(name, problem,
     assert below(tmp_path / "out") == [name]
 
 
-def test_an_output_that_cannot_be_replaced_is_named_next_to_its_input(tmp_path, capsys):
+def test_an_output_that_cannot_be_replaced_is_named_with_its_input(tmp_path, capsys):
     for name in "ab":
         put(tmp_path / "in" / f"{name}.png", scene(0, 20, 30))
     (tmp_path / "out" / "labels" / "a.png").mkdir(parents=True)
@@ -662,7 +662,7 @@ def test_an_output_that_cannot_be_replaced_is_named_next_to_its_input(tmp_path, 
     assert below(tmp_path / "out" / "labels") == ["b.png"]
 
 
-def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):
+def test_an_unreadable_checkpoint_leaves_nothing_behind(tmp_path, capsys):
     put(tmp_path / "x.png", scene(0, 20, 30))
     assert run(tmp_path / "x.png", "--output", tmp_path / "out", checkpoint="nowhere") == 2
     assert capsys.readouterr().err == "segjax predict: nowhere: there is no such file\n"
@@ -672,7 +672,7 @@ def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_many_sizes_and_large_images_are_advised_on_once(tmp_path, capsys, monkeypatch):
+def test_advice_for_many_sizes_and_large_images_is_printed_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(batch_run, "LARGE", 21 * 30)
     monkeypatch.setattr(batch_run, "MANY_SIZES", 3)
     for seed in range(4):
@@ -684,7 +684,7 @@ def test_many_sizes_and_large_images_are_advised_on_once(tmp_path, capsys, monke
     assert "--pad-multiple 32" not in capsys.readouterr().out
 
 
-def test_windows_say_the_same_of_an_image_as_the_whole(tmp_path):
+def test_a_sliding_window_gives_the_labels_of_the_whole_image(tmp_path):
     image = scene(0, 50, 70)
     put(tmp_path / "x.png", image)
     windows = ("--mode", "slide", "--crop", "24", "32", "--stride", "16", "20", "--batch", "2")
@@ -716,7 +716,7 @@ def overlapped(number, *, failed=None, threads=2, batch=1, **functions):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_reading_computing_and_writing_go_on_at_the_same_time_and_in_order(batch):
+def test_reading_computing_and_writing_overlap_and_keep_the_order(batch):
     written, groups = {}, []
 
     def compute(contents):
@@ -738,7 +738,7 @@ def test_reading_computing_and_writing_go_on_at_the_same_time_and_in_order(batch
     assert groups == [list(range(at, at + batch)) for at in range(0, 12, batch)]
 
 
-def test_only_so_much_is_held_at_a_time():
+def test_the_number_of_items_in_memory_is_limited():
     held, most, lock = 0, 0, threading.Lock()
 
     def change(by):
@@ -752,7 +752,7 @@ def test_only_so_much_is_held_at_a_time():
 
 
 @pytest.mark.parametrize("place", ["read", "compute", "write"])
-def test_an_error_belongs_to_its_item_wherever_it_arises(place):
+def test_an_error_in_any_stage_is_assigned_to_its_item(place):
     def fault(*given):
         if given[0] == 3 or given[0] == [3]:
             raise ValueError("three")
@@ -763,7 +763,7 @@ def test_an_error_belongs_to_its_item_wherever_it_arises(place):
 
 
 @pytest.mark.parametrize("place", ["read", "compute", "write"])
-def test_an_error_that_is_raised_again_stops_everything(place):
+def test_a_reraised_error_stops_everything(place):
     seen = []
 
     def fault(*given):
@@ -781,7 +781,7 @@ def test_an_error_that_is_raised_again_stops_everything(place):
     assert threading.active_count() < 20
 
 
-def test_groups_end_where_the_key_changes_and_at_the_end_of_what_is_read():
+def test_groups_end_where_the_key_changes_and_at_the_last_item():
     groups = []
     done, _ = overlapped(
         10,

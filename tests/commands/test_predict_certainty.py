@@ -52,7 +52,7 @@ def expected_maps(probabilities, labels):
 
 @pytest.mark.parametrize("classes", [5, 1])
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_maps_are_those_of_the_probabilities(name, classes, tmp_path):
+def test_confidence_and_entropy_maps_follow_from_the_probabilities(name, classes, tmp_path):
     arguments, settings = PROTOCOLS[name]
     (tmp_path / "in").mkdir()
     images = {f"{number}.png": scene(number, *SIZE) for number in range(2)}
@@ -78,7 +78,7 @@ def test_maps_are_those_of_the_probabilities(name, classes, tmp_path):
 
 @pytest.mark.parametrize("arguments", [(), ("--mode", "slide", "--crop", 32, 24)])
 @pytest.mark.parametrize("classes", [5, 1])
-def test_maps_of_a_scene_keep_its_place_and_its_nodata(classes, arguments, tmp_path, monkeypatch):
+def test_maps_of_a_scene_keep_its_georeference_and_nodata(classes, arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sliding_window, "WIDEST", 40)
     image = scene(3, *SIZE)
     image[8:20, :30] = 0
@@ -101,7 +101,7 @@ def test_maps_of_a_scene_keep_its_place_and_its_nodata(classes, arguments, tmp_p
         np.testing.assert_array_equal(file.read(1), np.where(nodata, 255, predictor(image)))
 
 
-def test_frames_of_a_video_have_maps_too(tmp_path):
+def test_frames_of_a_video_also_have_maps(tmp_path):
     import av
 
     with av.open(str(tmp_path / "v.mp4"), "w") as file:

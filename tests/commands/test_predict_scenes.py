@@ -82,7 +82,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("seed, layout", list(enumerate(LAYOUTS)))
-def test_labels_of_parts_are_those_of_the_whole_in_their_place(seed, layout, batch, tmp_path, capfd):
+def test_labels_of_parts_equal_those_of_the_whole_scene(seed, layout, batch, tmp_path, capfd):
     image = scene(seed, 93 + seed, 171 - seed)
     path = put(tmp_path / "in" / "a.tif", image, **LAYOUTS[layout])
     assert run(path, "--output", tmp_path / "out", "--batch", batch, *SLIDE) == 0
@@ -101,7 +101,7 @@ def test_labels_of_parts_are_those_of_the_whole_in_their_place(seed, layout, bat
 
 @pytest.mark.parametrize("mode", [SLIDE, ()])
 @pytest.mark.parametrize("checkpoint, ignored, dtype", [("seen", 255, np.uint8), ("other", 700, np.uint16)])
-def test_nodata_stays_nodata_and_changes_no_other_label(mode, checkpoint, ignored, dtype, tmp_path):
+def test_nodata_is_kept_and_changes_no_other_label(mode, checkpoint, ignored, dtype, tmp_path):
     image = scene(3, 61, 83)
     image[10:30, :40] = 0
     # One band alone is a colour.
@@ -115,7 +115,7 @@ def test_nodata_stays_nodata_and_changes_no_other_label(mode, checkpoint, ignore
 
 
 @pytest.mark.parametrize("kind", ["alpha", "mask"])
-def test_masks_and_alpha_are_nodata_too(kind, tmp_path):
+def test_masks_and_alpha_are_nodata(kind, tmp_path):
     image, there = scene(4, 50, 66), np.ones((50, 66), bool)
     there[5:25, 30:] = False
     path = tmp_path / "a.tif"
@@ -134,7 +134,7 @@ def test_masks_and_alpha_are_nodata_too(kind, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, nodata", [("uint16", 0), ("float32", np.nan), ("float64", -9999), ("int16", -1)])
-def test_reflectances_with_a_scale_are_those_of_the_array(dtype, nodata, tmp_path, capsys):
+def test_reflectances_with_a_scale_are_predicted_like_the_array(dtype, nodata, tmp_path, capsys):
     values = (scene(5, 47, 90).astype(dtype) * 10).astype(dtype)
     values[:9, 60:] = nodata
     path = put(tmp_path / "a.tif", values, crs="EPSG:32633", transform=NORTH_UP, nodata=nodata)
@@ -150,7 +150,7 @@ def test_reflectances_with_a_scale_are_those_of_the_array(dtype, nodata, tmp_pat
     np.testing.assert_array_equal(labels, np.where(is_nodata, 255, expected))
 
 
-def test_nan_outside_of_nodata_is_refused(tmp_path, capsys):
+def test_nan_outside_nodata_is_refused(tmp_path, capsys):
     values = scene(5, 47, 90).astype(np.float32)
     values[3, 4] = np.nan
     path = put(tmp_path / "a.tif", values, crs="EPSG:32633", transform=NORTH_UP)
@@ -181,7 +181,7 @@ def test_control_points_and_rational_polynomials_are_kept(tmp_path):
         assert file.rpcs.to_gdal() == rpcs.to_gdal()
 
 
-def test_chips_go_through_the_model_as_a_batch_and_keep_their_places(tmp_path):
+def test_small_scenes_are_batched_and_keep_their_georeference(tmp_path):
     images = [scene(seed, 32, 40) for seed in range(5)]
     for seed, image in enumerate(images):
         put(tmp_path / "in" / f"{seed}.tif", image, crs="EPSG:32633", transform=Affine.translation(40 * seed, 7))
@@ -226,13 +226,13 @@ def test_a_compressed_strip_as_large_as_the_scene_is_refused_in_parts(tmp_path, 
     assert "gdal_translate -co TILED=YES" in " ".join(capsys.readouterr().err.split())
 
 
-def test_small_tiff_without_a_place_is_an_image(tmp_path):
+def test_a_small_tiff_without_a_georeference_is_an_image(tmp_path):
     put(tmp_path / "a.tif", scene(9, 40, 52))
     assert run(tmp_path / "a.tif", "--output", tmp_path / "out", *SLIDE) == 0
     assert below(tmp_path / "out") == ["labels/a.png", "overlay/a.jpg", "predict.json"]
 
 
-def test_palette_scenes_keep_their_place_too(tmp_path):
+def test_palette_scenes_also_keep_their_georeference(tmp_path):
     indices, colours = scene(2, 44, 60)[..., :1] // 64, np.random.default_rng(0).integers(0, 256, (4, 3), np.uint8)
     path = tmp_path / "a.tif"
     size = dict(height=44, width=60, count=1, dtype="uint8")
@@ -259,7 +259,7 @@ def test_pictures_of_large_scenes_are_reduced(tmp_path, monkeypatch):
         np.testing.assert_array_equal(drawn[-1][1], labels[::4, ::4])
 
 
-def test_without_rasterio_labels_are_png_and_one_line_says_what_is_lost(tmp_path, monkeypatch, capsys):
+def test_without_rasterio_labels_are_png_and_the_loss_is_reported(tmp_path, monkeypatch, capsys):
     images = {name: scene(seed, 40, 52) for seed, name in enumerate("ab")}
     for name, image in images.items():
         put(tmp_path / "in" / f"{name}.tif", image, crs="EPSG:32633", transform=NORTH_UP)
@@ -300,7 +300,7 @@ def test_a_damaged_scene_is_named_and_leaves_nothing(mode, fault, tmp_path, capf
     assert below(tmp_path / "out") == ["labels/b.tif", "overlay/b.jpg", "predict.json"]
 
 
-def test_blocks_that_a_sparse_file_lacks_are_nodata(tmp_path):
+def test_missing_blocks_of_a_sparse_file_are_nodata(tmp_path):
     size = dict(height=70, width=90, count=3, dtype="uint8", photometric="RGB", sparse_ok=True)
     place = dict(crs="EPSG:32633", transform=NORTH_UP, nodata=0, tiled=True, blockxsize=32, blockysize=32)
     image = np.zeros((70, 90, 3), np.uint8)
@@ -342,7 +342,7 @@ def test_an_interrupted_scene_leaves_no_file_and_is_resumed(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("limit", [400, 30_000])
-def test_a_full_disk_is_reported_as_such_and_leaves_no_label_map(limit, tmp_path, capfd):
+def test_a_full_disk_is_reported_and_leaves_no_label_map(limit, tmp_path, capfd):
     """400 bytes are too few for the header, 30,000 for the blocks, which GDAL writes when it closes the file."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     path = put(tmp_path / "a.tif", noise, crs="EPSG:32633", transform=NORTH_UP)
@@ -358,7 +358,7 @@ def test_a_full_disk_is_reported_as_such_and_leaves_no_label_map(limit, tmp_path
     assert below(tmp_path) == ["a.tif"] and capfd.readouterr().err == ""
 
 
-def test_progress_counts_rows(tmp_path, monkeypatch):
+def test_progress_is_counted_in_rows(tmp_path, monkeypatch):
     counts = []
 
     class Bar:

@@ -38,7 +38,7 @@ def cached(tmp_path, monkeypatch):
     return model
 
 
-def test_each_command_takes_a_name(cached, tmp_path, capsys):
+def test_every_command_accepts_a_published_name(cached, tmp_path, capsys):
     assert inspect.main([CITY]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "19 of cityscapes" in shown and "non-commercial" in shown and f"{CITY} ({ROW.source})" in shown
@@ -61,7 +61,7 @@ def test_an_encoder_is_refused_by_commands_that_need_a_whole_model(tmp_path, cap
     assert " ".join(errors.split()).count("an encoder that was trained on ImageNet") == 1
 
 
-def test_evaluation_has_the_published_protocol_and_figure(cached, tmp_path, monkeypatch, capsys):
+def test_evaluation_uses_the_published_protocol_and_prints_the_figure(cached, tmp_path, monkeypatch, capsys):
     # Scenes in place of Cityscapes, whose images nobody hands out.
     scenes = specs.Scenes(train_images=1, eval_images=6, size=(48, 80))
     drawn = dataclasses.replace(specs.DATASETS["streets"], spec=specs.CITYSCAPES, scenes=scenes)
@@ -84,7 +84,7 @@ def figure(name, split="", **settings):
     return published_figure.figure_of(row, published_figure.protocol_of(row, settings), split)
 
 
-def test_which_figure_a_protocol_is_compared_with():
+def test_each_protocol_is_compared_with_the_right_figure():
     assert figure(CITY) == dict(mean_iou=0.762, source=ROW.figure_source, is_multi_scale=False, is_same_protocol=True)
     assert figure(CITY, "val")["is_same_protocol"] and not figure(CITY, "train")["is_same_protocol"]
     several = figure(CITY, scales=(0.75, 1, 1.25), flip=True)
@@ -103,7 +103,7 @@ def test_which_figure_a_protocol_is_compared_with():
     assert said.endswith("0.5000 here, with another protocol or split")
 
 
-def test_settings_that_are_given_replace_those_of_the_figure():
+def test_explicit_settings_replace_the_published_ones():
     def protocol(name, **settings):
         return published_figure.protocol_of(published.table()[name], settings)
 

@@ -97,7 +97,7 @@ def call(command, *arguments):
     return command.main([str(argument) for argument in arguments])
 
 
-def test_a_card_has_what_the_run_has_measured(workdir, capsys):
+def test_a_card_has_the_measurements_of_the_run(workdir, capsys):
     result = runs.result_of(workdir)
     report = {"step": result["step"], "mean_iou": result["mean_iou"], "mean_iou_interval": [0.0123, 0.4567]}
     (workdir / "report").mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def test_a_card_has_what_the_run_has_measured(workdir, capsys):
     assert "interval" not in (workdir / "README.md").read_text()
 
 
-def test_what_is_uploaded_is_loaded_again(workdir, trained, hub, capsys):
+def test_uploaded_weights_can_be_loaded_again(workdir, trained, hub, capsys):
     own = load(workdir)
     assert call(push, workdir, "hf:made/new") == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -151,7 +151,7 @@ def test_what_is_uploaded_is_loaded_again(workdir, trained, hub, capsys):
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
 
 
-def test_a_card_that_was_changed_is_uploaded_as_it_is(workdir, hub, capsys):
+def test_an_edited_card_is_uploaded_unchanged(workdir, hub, capsys):
     (workdir / "README.md").write_text("---\nlicense: mit\n---\nMine, of USER/NAME.\n")
     assert call(push, workdir, "hf:made/new") == 0
     assert (hub.root / "made/new/README.md").read_text().endswith("Mine, of made/new.\n")
@@ -164,7 +164,7 @@ def refused(capsys, *arguments):
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_what_cannot_be_uploaded_is_refused(workdir, hub, tmp_path, monkeypatch, capsys):
+def test_invalid_uploads_are_refused(workdir, hub, tmp_path, monkeypatch, capsys):
     assert "a repository is written hf:owner/name" in refused(capsys, workdir, "made/new")
     assert "omit @v1" in refused(capsys, workdir, "hf:made/new@v1")
     assert "it is not the folder of a run" in refused(capsys, tmp_path, "hf:made/new")

@@ -280,7 +280,7 @@ def turning_points(operations: list[str], most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that_dies_leaves_the_old_or_the_new_result_whole(name, stage):
+def test_a_dying_command_leaves_the_old_or_the_new_result_intact(name, stage):
     on = stage(name)
     for moment in turning_points(on.operations, 4):
         on.die(moment)
@@ -289,7 +289,7 @@ def test_a_command_that_dies_leaves_the_old_or_the_new_result_whole(name, stage)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_dying_at_any_operation_leaves_the_old_or_the_new_result_whole(name, stage):
+def test_dying_at_any_operation_leaves_the_old_or_the_new_result_intact(name, stage):
     on, found = stage(name), []
     for moment in itertools.count():
         if on.die(moment) == 0:
@@ -317,7 +317,7 @@ ROOMS = [(name, room) for name, replacing in COMMANDS.items() for room in replac
 
 
 @pytest.mark.parametrize("name, room", ROOMS)
-def test_a_full_disk_is_one_message_and_leaves_only_the_old_result(name, room, stage):
+def test_a_full_disk_gives_one_message_and_leaves_only_the_old_result(name, room, stage):
     on = stage(name)
     on.put_old()
     assert on.start(2, largest_file=room).wait() == 2, on.said()

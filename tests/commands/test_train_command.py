@@ -57,7 +57,7 @@ def refused(arguments, capsys):
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-def test_without_arguments_it_is_the_default_recipe(no_run):
+def test_without_arguments_the_default_recipe_is_used(no_run):
     assert train.main([]) == 0
     (options,) = no_run
     assert options.config.to_dict() == recipes.load("segformer").to_dict()
@@ -66,7 +66,7 @@ def test_without_arguments_it_is_the_default_recipe(no_run):
 
 @pytest.mark.parametrize("reference", ["hrnet:w48_ocr,camvid", "configs/hrnet.py:w48_ocr,camvid"])
 @pytest.mark.parametrize("spelled", ["--config={}", "-config={}", "--config {}"])
-def test_config_takes_a_recipe_or_a_file(spelled, reference):
+def test_the_config_flag_takes_a_recipe_or_a_file(spelled, reference):
     options = train.parse(spelled.format(reference).split(" "))
     assert options.config.to_dict() == recipes.load("hrnet:w48_ocr,camvid").to_dict()
 
@@ -133,7 +133,7 @@ def test_every_setting_of_the_model_is_a_flag(recipe, argument, key, value, tmp_
     train_config.check(options.config, tmp_path)
 
 
-def test_a_model_setting_on_the_command_line_is_one_of_that_model():
+def test_a_model_setting_may_belong_to_the_model_named_on_the_command_line():
     options = train.parse(["--config.model.name", "segnext_t", "--config.model.ham_rank=24"])
     assert (options.config.model.name, options.config.model.ham_rank) == ("segnext_t", 24)
 
@@ -162,13 +162,13 @@ def test_a_model_setting_of_another_type_is_refused_with_its_default(argument, s
     assert str(caught.value).splitlines()[1:] == [f"  config.{key}: {said}"]
 
 
-def test_flags_that_are_no_settings_are_returned():
+def test_flags_other_than_settings_are_returned():
     arguments = ["--workdir=runs/x", "--coordinator", "auto", "--num_processes=4", "--process_id=3"]
     assert train.parse(arguments)[2:6] == ("runs/x", "auto", 4, 3)
 
 
 @pytest.mark.parametrize("spelled", ["--flagfile={}", "-flagfile={}", "--flagfile {}"])
-def test_no_file_of_flags_is_opened(spelled, tmp_path, capsys):
+def test_flag_files_are_refused_without_opening_them(spelled, tmp_path, capsys):
     (tmp_path / "flags").write_text("--config.seed=2\n")
     os.mkfifo(tmp_path / "fifo")
     for name in ("flags", "fifo", "missing"):
@@ -176,7 +176,7 @@ def test_no_file_of_flags_is_opened(spelled, tmp_path, capsys):
         assert said.startswith("there is no flag --flagfile; ") and "--config" in said
 
 
-def test_a_command_line_leaves_nothing_behind_for_the_next():
+def test_parsing_a_command_line_does_not_affect_the_next():
     argv, defined = list(sys.argv), set(flags.FLAGS)
     first = train.parse(["--config.optim.lr=0.5", "--workdir=a"])
     second = train.parse([])
@@ -237,31 +237,31 @@ def test_a_command_line_leaves_nothing_behind_for_the_next():
         ("config.train.steps=3", "unexpected argument 'config.train.steps=3'; settings are flags, as in --config."),
     ],
 )  # fmt: skip
-def test_a_mistyped_argument_is_answered_in_one_line(argument, said, capsys, no_run):
+def test_a_mistyped_argument_is_reported_in_one_line(argument, said, capsys, no_run):
     message = refused([argument], capsys)
     assert message.startswith(said)
     assert no_run == []
 
 
 @pytest.mark.parametrize("key", schema.SETTINGS)
-def test_the_bare_name_of_any_setting_is_answered_by_its_flag(key, capsys):
+def test_the_bare_name_of_a_setting_is_refused_with_its_flag(key, capsys):
     message = refused([f"--{key.rpartition('.')[2]}=1"], capsys)
     assert re.search(rf"did you mean .*--config\.{re.escape(key)}\b", message)
 
 
-def test_settings_of_another_dataset_are_refused_by_it(capsys):
+def test_settings_of_another_dataset_are_refused(capsys):
     said = refused(["--config=segformer:camvid", "--config.data.size=(64,64)"], capsys)
     assert said == "--config.data.size: no such setting here; only generated datasets have it"
 
 
-def test_a_section_that_is_replaced_has_to_be_whole(capsys):
+def test_a_replaced_section_must_be_complete(capsys):
     assert train.main(["--config.optim={'lr': 1.0}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "segjax train: the settings cannot be used:"
     assert "  config.optim.power: missing; the default is 1.0" in lines
 
 
-def test_a_file_with_a_fault_is_answered_by_its_line(tmp_path, capsys, no_run):
+def test_a_config_file_with_an_error_is_refused_with_the_line(tmp_path, capsys, no_run):
     (tmp_path / "mine.py").write_text("x = 1\nx = = 2\n")
     assert refused([f"--config={tmp_path / 'mine.py'}:b2"], capsys) == f"{tmp_path / 'mine.py'}:2: invalid syntax"
     assert no_run == []
@@ -276,7 +276,7 @@ def help_text():
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "-help", "--helpfull"])
-def test_help_is_printed_whatever_else_is_wrong(word, capsys, help_text):
+def test_help_is_printed_despite_other_errors(word, capsys, help_text):
     assert train.main(["--steps=20", word, "--config=nothing"]) == 0
     assert capsys.readouterr().out == help_text + "\n"
 
@@ -295,7 +295,7 @@ def test_help_lists_every_setting_with_its_default_and_text(key, help_text):
         assert ast.literal_eval(default.strip('"')) == setting.default
 
 
-def test_a_default_as_help_has_it_is_a_flag_that_changes_nothing(help_text):
+def test_defaults_copied_from_help_are_flags_that_change_nothing(help_text):
     lines = [line.strip() for line in help_text.splitlines() if line.startswith("  --config.")]
     assert len(lines) == len(schema.SETTINGS)
     (typed,) = (line for line in lines if "lr_multipliers" in line)
@@ -319,7 +319,7 @@ def test_help_lists_recipes_variants_and_datasets_in_80_columns(help_text):
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "segjax.train"]])
-def test_every_way_to_call_it_prints_the_same_help(command, help_text):
+def test_every_way_to_call_train_prints_the_same_help(command, help_text):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=REPO, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (help_text + "\n", "")
 
@@ -336,12 +336,12 @@ def loaded_after(code):
     return loaded.split(), said, done.stderr
 
 
-def test_help_and_mistyped_arguments_are_answered_without_jax():
+def test_help_and_mistyped_arguments_are_handled_without_jax():
     loaded, said, err = loaded_after('train.main(["--help"]), train.main(["--steps=20"])')
     assert loaded == [] and len(said) > 100 and "did you mean --config.train.steps" in err
 
 
-def test_the_first_lines_come_before_jax_is_imported():
+def test_the_first_lines_are_printed_before_jax_is_imported():
     code = """if True:
         import sys
         from segjax.commands import train
@@ -365,7 +365,7 @@ def test_the_first_lines_come_before_jax_is_imported():
 
 
 @pytest.mark.parametrize("process, speaks", [("0", True), ("1", False)])
-def test_of_several_processes_only_the_first_prints_a_first_line(process, speaks, no_run, capsys):
+def test_only_the_first_of_several_processes_prints_a_first_line(process, speaks, no_run, capsys):
     assert train.main(["--coordinator=localhost:1", "--num_processes=2", f"--process_id={process}"]) == 0
     assert bool(capsys.readouterr().out) == speaks
 
@@ -392,7 +392,7 @@ def tiny_run(tmp_path_factory):
     return folder, arguments
 
 
-def test_a_run_by_main_reports_settings_other_than_the_defaults(tiny_run, capsys):
+def test_a_run_reports_settings_other_than_the_defaults(tiny_run, capsys):
     folder, arguments = tiny_run
     assert json.loads((folder / "run" / "result.json").read_text())["step"] == 2
     # The same command in the same process.
@@ -419,7 +419,7 @@ def test_a_command_checks_its_settings_exactly_once(tiny_run, monkeypatch, capsy
     assert config.model.dims == SIZES["dims"]
 
 
-def test_settings_that_cannot_be_used_are_all_reported_at_once(tmp_path, capsys):
+def test_all_invalid_settings_are_reported_at_once(tmp_path, capsys):
     arguments = ["--config.optim.lr=-1", "--config.optim.power=nan", "--config.train.batch=3", "--config.label=a/b"]
     arguments += ["--config.data.name=cityscape", "--config.model.drop_path_rate=1.0"]
     assert train.main([f"--workdir={tmp_path / 'run'}", *arguments]) == 2

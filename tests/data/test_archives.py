@@ -75,7 +75,7 @@ def records_in(prepared: builders.Prepared) -> dict[str, list[dict[str, bytes]]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_and_train_ids_come_back_in_the_order_of_their_names(name, few, tmp_path, data):
+def test_images_and_train_ids_are_read_back_in_order_of_their_names(name, few, tmp_path, data):
     made = Made(tmp_path / "made", name)
     prepared = prepare(name, data, made.root)
     assert prepared.splits == COUNTS[name] and prepared.path == data / f"segjax_{name}/1.1.0"
@@ -127,7 +127,7 @@ def forms(name, tmp_path) -> dict[str, list[Path]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_form_of_a_source_gives_the_same_dataset(name, few, tmp_path):
+def test_every_kind_of_source_gives_the_same_dataset(name, few, tmp_path):
     results = {}
     for form, source in forms(name, tmp_path).items():
         prepared = prepare(name, tmp_path / form, *source)
@@ -138,7 +138,7 @@ def test_every_form_of_a_source_gives_the_same_dataset(name, few, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dataset_once_prepared_needs_no_source_and_takes_any_form_of_it(name, few, tmp_path, data, monkeypatch):
+def test_a_prepared_dataset_needs_no_source_and_accepts_any_kind_of_it(name, few, tmp_path, data, monkeypatch):
     sources = forms(name, tmp_path)
     first = prepare(name, data, *sources["archives"])
     before = files_in(data)
@@ -149,7 +149,7 @@ def test_a_dataset_once_prepared_needs_no_source_and_takes_any_form_of_it(name, 
     assert files_in(data) == before and not list(data.rglob(".converting*"))
 
 
-def test_archives_that_have_not_changed_are_not_even_opened(few, tmp_path, data, monkeypatch):
+def test_unchanged_archives_are_not_opened(few, tmp_path, data, monkeypatch):
     packed = Made(tmp_path / "made", "pet").packed(tmp_path)
     first = prepare("pet", data, *packed)
     monkeypatch.setattr(archives, "in_archive", lambda *_: pytest.fail("opened again"))
@@ -170,7 +170,7 @@ def test_a_cmyk_jpeg_is_read_as_rgb(few, tmp_path, data):
     assert np.abs(image.astype(int) - (200, 60, 20)).max() < 20
 
 
-def test_masks_of_published_images_lie_as_the_images_are_stored(few, tmp_path, data):
+def test_published_images_are_not_rotated_by_exif(few, tmp_path, data):
     made = Made(tmp_path / "made", "pet")
     path = made.root / "images/Abyssinian_1.jpg"
     image = Image.open(path)
@@ -204,7 +204,7 @@ def test_names_and_colours_of_the_classes_are_the_published_ones():
     assert specs.PET.label_names == ("background", "pet") and specs.PET.num_classes == 1
 
 
-def test_the_published_numbers_of_images():
+def test_the_numbers_of_images_are_the_published_ones():
     assert {name: dict(specs.DATASETS[name].spec.splits) for name in NAMES} == {
         "cityscapes": {"train": 2975, "val": 500, "test": 1525},
         "ade20k": {"train": 20210, "val": 2000},
@@ -216,7 +216,7 @@ def test_the_published_numbers_of_images():
 # A split without labels
 
 
-def test_labels_that_are_not_published_are_missed_where_they_are_needed(few, tmp_path, data):
+def test_unpublished_labels_are_an_error_where_they_are_needed(few, tmp_path, data):
     made = Made(tmp_path / "made", "cityscapes")
     prepared = prepare("cityscapes", data, made.root)
     records = prepared.records("test")
@@ -229,7 +229,7 @@ def test_labels_that_are_not_published_are_missed_where_they_are_needed(few, tmp
         np.testing.assert_array_equal(records.image(i), image)
 
 
-def test_a_split_without_labels_counts_nowhere_for_other_readers(few, tmp_path, data):
+def test_tfds_reads_a_split_without_labels_as_ignored(few, tmp_path, data):
     import tensorflow_datasets as tfds
 
     prepare("cityscapes", data, Made(tmp_path / "made", "cityscapes").root)
@@ -241,7 +241,7 @@ def test_a_split_without_labels_counts_nowhere_for_other_readers(few, tmp_path, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pixel_counts_are_those_of_the_labels(name, few, tmp_path, data):
+def test_pixel_counts_match_the_labels(name, few, tmp_path, data):
     prepared = prepare(name, data, Made(tmp_path / "made", name, seed=1).root)
     for split in prepared.labelled:
         labels = prepared.load(split).labels
@@ -272,7 +272,7 @@ def test_records_are_read_in_any_order_from_any_thread_and_after_pickling(name, 
 
 
 @pytest.mark.parametrize("name, split", [("voc", "train+val"), ("voc", "val + train"), ("pet", "test+train")])
-def test_a_sum_of_splits_has_the_images_of_each_in_its_order(name, split, few, tmp_path, data):
+def test_a_sum_of_splits_has_the_images_of_each_split_in_order(name, split, few, tmp_path, data):
     prepared = prepare(name, data, Made(tmp_path / "made", name).root)
     parts = [part.strip() for part in split.split("+")]
     loaded, records = [prepared.load(part) for part in parts], prepared.records(split)
@@ -315,7 +315,7 @@ def test_a_sum_of_splits_has_the_images_of_each_in_its_order(name, split, few, t
         ("train+test", "cityscapes test has no published labels; use train or val"),
     ],
 )
-def test_a_sum_that_cannot_be_opened_is_refused_with_the_splits_there_are(split, said, few, tmp_path, data):
+def test_an_invalid_sum_of_splits_is_refused_with_the_existing_splits(split, said, few, tmp_path, data):
     prepare("cityscapes", data, Made(tmp_path / "made", "cityscapes").root)
     for gigabytes in (0.0, 1.0):
         with pytest.raises(builders.DataError) as error:
@@ -346,7 +346,7 @@ def test_a_damaged_record_is_named(few, tmp_path, data):
     )
 
 
-def test_large_splits_are_written_as_several_files_in_order(few, tmp_path, data, monkeypatch):
+def test_large_splits_are_written_to_several_files_in_order(few, tmp_path, data, monkeypatch):
     made = Made(tmp_path / "made", "cityscapes")
     whole = prepare("cityscapes", tmp_path / "whole", made.root).load("train")
     monkeypatch.setattr(builders, "_SHARD_BYTES", 10_000)
@@ -357,7 +357,7 @@ def test_large_splits_are_written_as_several_files_in_order(few, tmp_path, data,
     np.testing.assert_array_equal(split.images, whole.images)
 
 
-def test_too_little_space_is_said_before_anything_is_written(few, tmp_path, data, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(few, tmp_path, data, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(builders.DataError, match=r"needs at least 0\.0 GB, and 0\.0 GB are free there; make room"):
         prepare("pet", data, *Made(tmp_path / "made", "pet").packed(tmp_path))
@@ -403,7 +403,7 @@ builders.prepare({name!r}, source={list(map(str, source))!r}, data_dir={str(data
 
 
 @pytest.mark.parametrize("name, form", [("cityscapes", "archives"), ("pet", "archives"), ("voc", "tree")])
-def test_a_killed_preparation_goes_on_with_what_it_had_checked(name, form, few, tmp_path, data, capsys):
+def test_a_killed_preparation_continues_after_the_checked_images(name, form, few, tmp_path, data, capsys):
     source = forms(name, tmp_path)[form]
     start_and_kill(name, data, source, after=2)
     assert not list(data.rglob("dataset_info.json")) and list(data.rglob(".converting-*/train/*.png"))
@@ -422,7 +422,7 @@ def test_a_killed_preparation_goes_on_with_what_it_had_checked(name, form, few, 
     assert prepared.metadata == whole.metadata and prepared.splits == whole.splits
 
 
-def test_what_was_checked_is_not_decoded_again(few, tmp_path, data, monkeypatch):
+def test_checked_images_are_not_decoded_again(few, tmp_path, data, monkeypatch):
     made = Made(tmp_path / "made", "ade20k")
     with monkeypatch.context() as patch:
         patch.setattr(builders, "_metadata", lambda *_: pytest.fail("stopped here"))
@@ -441,7 +441,7 @@ def test_a_source_that_may_have_changed_is_checked_from_the_start(few, tmp_path,
     assert [path.name for path in (data / "segjax_ade20k").iterdir()] == ["1.1.0"]
 
 
-def test_a_line_that_was_cut_spoils_none_that_follow(tmp_path):
+def test_a_truncated_line_of_the_journal_does_not_damage_later_ones(tmp_path):
     first, second = (masks.Measured((i, 2), ((3, 4), (255, 1)), ("hash", None)) for i in range(2))
     for name, measured in (("a", first), ("b", second)):
         scratch = masks.Scratch(tmp_path / "scratch")
@@ -469,7 +469,7 @@ def refused(name, data: Path, *source: Path) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_numbers_of_images_than_published_are_refused(name, tmp_path, data):
+def test_numbers_of_images_other_than_the_published_ones_are_refused(name, tmp_path, data):
     made = Made(tmp_path / "made", name)
     published_numbers = ", ".join(f"{split} {count}" for split, count in specs.DATASETS[name].spec.splits)
     made_numbers = ", ".join(f"{split} {count}" for split, count in COUNTS[name].items())
@@ -496,7 +496,7 @@ RANGE = {"cityscapes": "0..33", "ade20k": "0..150", "voc": "0..20 and 255", "pet
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_value_that_the_masks_do_not_have_is_refused_with_file_and_value(name, few, tmp_path, data):
+def test_an_unexpected_mask_value_is_refused_with_file_and_value(name, few, tmp_path, data):
     made = Made(tmp_path / "made", name)
     mask = np.full((30, 50), min(VALUES[name], key=lambda value: value != 1), np.uint8)
     mask[:2, :3] = STRAY[name]
@@ -507,7 +507,7 @@ def test_a_value_that_the_masks_do_not_have_is_refused_with_file_and_value(name,
     assert f"mask values that {name} does not have (it has {RANGE[name]})" in report
 
 
-def test_train_ids_in_the_place_of_cityscapes_label_ids_are_refused(few, tmp_path, data):
+def test_train_ids_instead_of_cityscapes_label_ids_are_refused(few, tmp_path, data):
     made = Made(tmp_path / "made", "cityscapes")
     write(made.root / FIRST_MASK["cityscapes"], encoded(".png", np.full((30, 50), 255, np.uint8)))
     assert "255 (1500 pixels)" in refused("cityscapes", data, made.root)
@@ -537,7 +537,7 @@ def test_masks_of_another_kind_or_size_are_refused(name, few, tmp_path, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_and_masks_without_the_other_are_refused(name, few, tmp_path, data):
+def test_unpaired_images_and_masks_are_refused(name, few, tmp_path, data):
     for missing, other in ((FIRST_MASK[name], FIRST_IMAGE[name]), (FIRST_IMAGE[name], FIRST_MASK[name])):
         made = Made(tmp_path / "made", name)
         (made.root / missing).unlink()
@@ -563,7 +563,7 @@ def test_a_missing_list_of_images_is_refused(name, path, few, tmp_path, data):
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "pet"])
-def test_one_archive_of_two_is_refused_with_the_name_of_the_other(name, few, tmp_path, data):
+def test_one_of_two_archives_is_refused_with_the_name_of_the_other(name, few, tmp_path, data):
     archives = Made(tmp_path / "made", name).packed(tmp_path / "archives")
     for given, missing in (archives, archives[::-1]):
         part = ARCHIVES[name][missing.name]
@@ -573,7 +573,7 @@ def test_one_archive_of_two_is_refused_with_the_name_of_the_other(name, few, tmp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sources_of_something_else_are_refused_with_what_they_hold(name, few, tmp_path, data):
+def test_other_sources_are_refused_with_their_contents(name, few, tmp_path, data):
     write(tmp_path / "other/photos/a.jpg")
     write(tmp_path / "other/.hidden/b")
     pack(tmp_path / "other", tmp_path / "other.zip", "photos")
@@ -586,7 +586,7 @@ def test_sources_of_something_else_are_refused_with_what_they_hold(name, few, tm
     assert f"which comes in {needs}; found: README, photos" in report
 
 
-def test_what_is_no_archive_is_refused(few, tmp_path, data):
+def test_a_file_that_is_not_an_archive_is_refused(few, tmp_path, data):
     page = write(tmp_path / "leftImg8bit_trainvaltest.zip", b"<html>Please log in</html>" * 100)
     cut = Made(tmp_path / "made", "cityscapes").packed(tmp_path / "archives")[1]
     cut.write_bytes(cut.read_bytes()[:-100])
@@ -598,7 +598,7 @@ def test_what_is_no_archive_is_refused(few, tmp_path, data):
 
 
 @pytest.mark.parametrize("keep", [100, 0.5, 0.99])
-def test_a_tar_gz_that_is_cut_short_is_refused(keep, few, tmp_path, data):
+def test_a_truncated_tar_gz_is_refused(keep, few, tmp_path, data):
     images, annotations = Made(tmp_path / "made", "pet").packed(tmp_path / "archives")
     content = images.read_bytes()
     images.write_bytes(content[: keep if keep > 1 else int(keep * len(content))])
@@ -606,7 +606,7 @@ def test_a_tar_gz_that_is_cut_short_is_refused(keep, few, tmp_path, data):
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.8])
-def test_a_tar_that_is_cut_short_is_refused(keep, few, tmp_path, data):
+def test_a_truncated_tar_is_refused(keep, few, tmp_path, data):
     (archive,) = Made(tmp_path / "made", "voc").packed(tmp_path / "archives")
     archive.write_bytes(archive.read_bytes()[: int(keep * archive.stat().st_size)])
     refused("voc", data, archive)
@@ -624,13 +624,13 @@ def test_a_damaged_file_inside_a_zip_is_refused_by_name(few, tmp_path, data):
     assert f"ADEChallengeData2016.zip: {FIRST_IMAGE['ade20k']}: cannot be read" in report
 
 
-def test_files_that_come_twice_are_refused(few, tmp_path, data):
+def test_files_that_are_given_twice_are_refused(few, tmp_path, data):
     made = Made(tmp_path / "made", "cityscapes")
     report = refused("cityscapes", data, made.root, *made.packed(tmp_path / "archives"))
     assert "files that were given twice" in report and "gtFine_trainvaltest.zip" in report
 
 
-def test_other_files_than_those_it_was_prepared_from_are_refused(few, tmp_path, data):
+def test_a_source_other_than_that_of_the_prepared_dataset_is_refused(few, tmp_path, data):
     prepare("voc", data, Made(tmp_path / "made", "voc").root)
     other = Made(tmp_path / "other", "voc", seed=5)
     with pytest.raises(builders.DataError, match=r"was prepared from .*made.*delete that directory"):
@@ -639,7 +639,7 @@ def test_other_files_than_those_it_was_prepared_from_are_refused(few, tmp_path, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_source_it_says_what_is_needed(name, data):
+def test_without_a_source_the_error_names_what_is_needed(name, data):
     with pytest.raises(builders.DataError) as error:
         builders.prepare(name, source=None, data_dir=str(data))
     # Each command adds its own flag.
@@ -660,7 +660,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, capsys):
+def test_the_command_prints_splits_classes_and_location(name, few, tmp_path, data, capsys):
     made = Made(tmp_path / "made", name)
     assert main(["prepare", name, "--source", *map(str, made.packed(tmp_path)), "--data-dir", str(data)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
@@ -695,7 +695,7 @@ def test_the_command_ends_with_2_and_one_error(tmp_path):
     assert done.returncode == 2 and "invalid choice: 'kitti'" in done.stderr and "ade20k" in done.stderr
 
 
-def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
+def test_ctrl_c_keeps_finished_work(few, tmp_path, data, monkeypatch, capsys):
     made = Made(tmp_path / "made", "pet")
     encode, calls = codec.encode_mask, []
 
@@ -714,7 +714,7 @@ def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
     assert "Taking over 2 of 5 images" in capsys.readouterr().out
 
 
-def test_the_first_training_prepares_what_its_config_names(few, tmp_path, data):
+def test_the_first_run_prepares_the_dataset_of_its_config(few, tmp_path, data):
     from configs import segformer
     from segjax.train import setup
 

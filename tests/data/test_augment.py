@@ -81,7 +81,7 @@ def test_normalising_removes_the_mean_and_deviation_of_imagenet():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_with_everything_off_augmentation_is_normalisation_alone(seed):
+def test_with_everything_off_augmentation_only_normalises(seed):
     images, labels = noise(seed, (33, 48), (33, 48), (33, 48))
     _, given, normalised = run(stored(images, labels), settings_of((33, 48)), seed=seed)
     np.testing.assert_allclose(normalised, augment.normalise(np.stack(images)), rtol=0, atol=1e-6)
@@ -92,7 +92,7 @@ def test_with_everything_off_augmentation_is_normalisation_alone(seed):
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.7, 1.3, 2.0])
-def test_a_scaled_image_is_that_of_cv2_to_a_hundredth_of_a_grey_value(scale):
+def test_a_scaled_image_equals_that_of_cv2_within_0_01(scale):
     images, labels = noise(3, (38, 57), (38, 57))
     size = tuple(round(side * scale) for side in (38, 57))
     given, _, _ = run(stored(images, labels), settings_of(size, scale=(scale, scale)))
@@ -102,7 +102,7 @@ def test_a_scaled_image_is_that_of_cv2_to_a_hundredth_of_a_grey_value(scale):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.6])
-def test_a_scaled_label_is_the_nearest_pixel_by_centres(scale):
+def test_a_scaled_label_takes_the_nearest_pixel_by_centres(scale):
     images, labels = noise(4, (30, 47), (30, 47))
     size = tuple(round(side * scale) for side in (30, 47))
     _, given, _ = run(stored(images, labels), settings_of(size, scale=(scale, scale)))
@@ -112,7 +112,7 @@ def test_a_scaled_label_is_the_nearest_pixel_by_centres(scale):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_image_and_label_stay_on_each_other_through_scale_crop_and_flip(seed):
+def test_image_and_label_stay_aligned_through_scale_crop_and_flip(seed):
     # Blocks whose colour is their label: where a pixel is purely one colour, its label must say the same.
     rng = np.random.default_rng(seed)
     colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], np.uint8)
@@ -128,7 +128,7 @@ def test_image_and_label_stay_on_each_other_through_scale_crop_and_flip(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_crop_is_a_window_of_the_image_and_reaches_every_place(seed):
+def test_a_crop_is_a_window_of_the_image_at_any_position(seed):
     # Every pixel has a colour of its own, which tells where it came from.
     rows, columns = np.mgrid[:36, :42].astype(np.uint8)
     image = np.stack([rows, columns, rows], -1)
@@ -156,7 +156,7 @@ def test_scales_are_drawn_evenly_from_the_whole_range(seed):
     assert counts.min() > 48 and counts.max() < 112
 
 
-def test_a_certain_flip_mirrors_image_and_label():
+def test_a_flip_with_probability_one_mirrors_image_and_label():
     images, labels = noise(5, (33, 40), (33, 40), (33, 40))
     given, truth, _ = run(stored(images, labels), settings_of((33, 40), flip=1.0))
     np.testing.assert_allclose(given, np.stack(images)[:, :, ::-1], rtol=0, atol=1e-3)
@@ -164,7 +164,7 @@ def test_a_certain_flip_mirrors_image_and_label():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_flip_happens_as_often_as_asked(seed):
+def test_a_flip_happens_with_its_probability(seed):
     columns = np.broadcast_to(np.arange(32, dtype=np.uint8), (32, 32))
     batch = stored([np.zeros((32, 32, 3), np.uint8)] * 400, [columns] * 400)
     for probability, low, high in ((0.5, 160, 240), (0.1, 16, 64)):  # four standard deviations
@@ -191,7 +191,7 @@ def test_padding_is_zero_and_ignored_and_at_the_bottom_and_right(flip, photometr
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_padding_of_the_storage_is_never_seen(seed):
+def test_padding_of_the_stored_arrays_is_never_used(seed):
     images, labels = smooth(seed, (34, 60), (60, 34), (41, 47), (60, 60))
     labels = [np.full_like(label, 1) for label in labels]
     settings = settings_of((40, 52), scale=(0.5, 2.0), flip=0.5)
@@ -202,7 +202,7 @@ def test_the_padding_of_the_storage_is_never_seen(seed):
     assert set(np.unique(results[0][1])) == {1, IGNORE}
 
 
-def test_a_size_smaller_than_its_storage_is_treated_as_the_whole_image():
+def test_an_image_smaller_than_its_stored_array_is_the_whole_image():
     images, labels = noise(8, (37, 43), (37, 43), (37, 43))
     settings = settings_of((48, 40), scale=(0.6, 1.7), flip=0.5)
     tight, loose = (run(stored(images, labels, canvas), settings, seed=2) for canvas in ((37, 43), (50, 90)))
@@ -223,7 +223,7 @@ EVERYTHING = settings_of((40, 48), scale=(0.5, 2.0), flip=0.5, photometric=True)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_key_gives_the_same_sample_again_and_another_key_another(seed):
+def test_a_key_determines_the_sample(seed):
     image, label = (part[0] for part in noise(10, (44, 52)))
     batch = stored([image] * 6, [label] * 6)
     first, again, other = (run(batch, EVERYTHING, seed=s) for s in (seed, seed, seed + 100))
@@ -236,7 +236,7 @@ def test_a_key_gives_the_same_sample_again_and_another_key_another(seed):
             assert not np.array_equal(first[1][i], first[1][j])
 
 
-def test_a_sample_does_not_depend_on_the_others_nor_on_its_place():
+def test_a_sample_does_not_depend_on_the_others_or_its_position():
     images, labels = noise(11, (44, 52), (44, 52), (44, 52), (44, 52))
     strangers = noise(12, (44, 52), (44, 52), (44, 52), (44, 52))
     keys, other_keys = keys_of(0, 4), keys_of(1, 4)
@@ -251,7 +251,7 @@ def test_a_sample_does_not_depend_on_the_others_nor_on_its_place():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scale_flip_place_and_colour_are_drawn_apart(seed):
+def test_scale_flip_position_and_colour_are_drawn_independently(seed):
     # The label says where a pixel came from, and the image, one grey, how it was distorted.
     rows, columns = np.mgrid[:80, :80].astype(np.uint8)
     number, grey = 1600, np.full((80, 80, 3), 100, np.uint8)
@@ -269,7 +269,7 @@ def test_scale_flip_place_and_colour_are_drawn_apart(seed):
     assert drawn_values.std(1).min() > 0.2
 
 
-def test_the_defaults_of_the_configs_are_settings_of_augmentation():
+def test_augmentation_accepts_the_default_settings():
     settings = common.get_config("folder").augment
     settings.crop = (33, 47)
     images, labels = noise(13, (60, 70), (60, 70))
@@ -287,7 +287,7 @@ def change_by_hand(pixel, saturation, hue):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_colours_change_as_in_the_hsv_of_the_standard_library(seed):
+def test_colours_change_as_in_the_standard_librarys_hsv(seed):
     rng = np.random.default_rng(seed)
     # Random colours, greys, and colours of two equal or no channels, where sectors of the hue meet.
     pixels = np.concatenate([rng.uniform(0, 255, (60, 3)), np.repeat(rng.uniform(0, 255, (5, 1)), 3, 1)])
@@ -300,7 +300,7 @@ def test_colours_change_as_in_the_hsv_of_the_standard_library(seed):
             np.testing.assert_allclose(given, expected, rtol=0, atol=2e-3)
 
 
-def test_a_grey_pixel_has_no_colour_to_change():
+def test_a_grey_pixel_is_not_changed_by_saturation_and_hue():
     grey = jnp.repeat(jnp.arange(256, dtype=jnp.float32)[None, :, None], 3, -1)
     np.testing.assert_allclose(augment.change_colour(grey, saturation=1.5, hue=0.1), grey, rtol=0, atol=1e-4)
 
@@ -329,7 +329,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_each_distortion_happens_in_half_of_the_cases_and_spans_its_range(seed):
+def test_each_distortion_has_probability_one_half_and_spans_its_range(seed):
     values = drawn(seed)
     for name, (neutral, low, high) in RANGES.items():
         span = high - low
@@ -344,7 +344,7 @@ def test_each_distortion_happens_in_half_of_the_cases_and_spans_its_range(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_four_distortions_are_drawn_apart(seed):
+def test_the_four_distortions_are_drawn_independently(seed):
     values = drawn(seed)
     columns = np.stack([values[name] for name in RANGES])
     there = np.stack(
@@ -357,7 +357,7 @@ def test_the_four_distortions_are_drawn_apart(seed):
     assert 185 < (~there.any(0)).sum() < 315
 
 
-def test_contrast_comes_before_the_colours_as_often_as_after_them():
+def test_contrast_precedes_the_colours_in_half_of_the_cases():
     # Contrast first clips the red channel here, so that the colour changes start from another value.
     color, number = np.array([200.0, 120.0, 40.0]), 10_000
     image = jnp.array(color, jnp.float32)[None, None]

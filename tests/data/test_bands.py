@@ -29,7 +29,7 @@ from tests.made_bands import KINDS, array, folder, save
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("suffix", [".tif", ".npy"])
 @pytest.mark.parametrize(("channels", "dtype"), KINDS)
-def test_a_file_is_the_array_that_it_holds(tmp_path, channels, dtype, suffix, seed):
+def test_a_file_is_read_as_the_array_that_it_contains(tmp_path, channels, dtype, suffix, seed):
     image = array(seed, (31, 45), channels, dtype)
     save(tmp_path / f"a{suffix}", image)
     found = bands.decode((tmp_path / f"a{suffix}").read_bytes())
@@ -38,7 +38,7 @@ def test_a_file_is_the_array_that_it_holds(tmp_path, channels, dtype, suffix, se
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_layouts_of_files_do_not_matter(tmp_path, order):
+def test_the_layout_of_a_file_does_not_matter(tmp_path, order):
     image = array(3, (20, 31), 5, "uint16")
     tifffile.imwrite(
         tmp_path / "a.tif", np.moveaxis(image, 2, 0), photometric="minisblack", planarconfig="separate",
@@ -67,7 +67,7 @@ def test_grey_png_has_one_channel_and_rgb_three(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "LA", "RGBA"])
-def test_grey_is_told_by_the_header(tmp_path, mode):
+def test_the_header_determines_whether_an_image_is_grey(tmp_path, mode):
     image = Image.fromarray(array(6, (20, 31), 3, "uint8")).convert(mode)
     image.save(tmp_path / "a.png")
     assert bands.decode((tmp_path / "a.png").read_bytes()).shape[2] == (1 if mode[0] == "L" else 3)
@@ -103,19 +103,19 @@ def _npy(header: str, pixels: bytes = b"") -> bytes:
         (_npy("{'descr': '|V0', 'fortran_order': False, 'shape': (1, 1), }"), "cannot be read"),
     ],
 )
-def test_a_npy_that_is_no_image_is_refused(data, words):
+def test_a_npy_file_that_is_not_an_image_is_refused(data, words):
     with pytest.raises(ImageError, match=words):
         bands.decode(data)
 
 
-def test_a_tiff_whose_bands_are_pages_is_refused(tmp_path):
+def test_a_tiff_with_bands_as_pages_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 20, 31), np.uint16), photometric="minisblack")
     with pytest.raises(ImageError, match="has 4 pages"):
         bands.decode((tmp_path / "a.tif").read_bytes())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers_are_counted_and_placed(value):
+def test_non_finite_values_are_counted_and_located(value):
     image = array(7, (20, 31), 2, "float32")
     assert bands.strange_values(image) is None
     image[11, 4, 1] = image[3, 30, 0] = value
@@ -134,7 +134,7 @@ def test_pictures_show_the_first_three_bands_or_the_first(channels, dtype):
         np.testing.assert_allclose(picture[..., drawn], expected, atol=1)
 
 
-def test_rgb_of_8_bits_is_its_own_picture_and_a_constant_band_has_one():
+def test_8_bit_rgb_is_drawn_unchanged_and_a_constant_band_is_drawn():
     image = array(9, (20, 30), 3, "uint8")
     assert bands.as_picture(image) is image
     assert bands.as_picture(np.full((8, 9, 4), 7, np.uint16)).std() == 0
@@ -155,7 +155,7 @@ def test_moments_are_those_of_all_pixels_together(channels, dtype, seed):
     np.testing.assert_allclose(together.std, pixels.std(axis=0).astype(float), rtol=1e-11)
 
 
-def test_large_values_are_exact_and_a_constant_channel_deviates_by_one():
+def test_moments_of_large_values_are_exact_and_a_zero_deviation_is_one():
     image = np.full((30, 40, 2), 65_535, np.uint16)
     image[0, 0, 0] -= 1
     found = bands.Moments(1200, bands.moments(image))
@@ -172,7 +172,7 @@ def prepared(tmp_path, *given, **how):
 
 @pytest.mark.parametrize("suffix", [".tif", ".npy"])
 @pytest.mark.parametrize(("channels", "dtype"), KINDS)
-def test_a_folder_keeps_the_numbers_of_its_images(tmp_path, channels, dtype, suffix):
+def test_a_folder_keeps_the_stored_values_of_its_images(tmp_path, channels, dtype, suffix):
     made, found = prepared(tmp_path, channels, dtype, suffix=suffix)
     assert (found.kind.channels, found.kind.dtype) == (channels, dtype)
     again = builders.prepare("folder", source=tmp_path / "given", data_dir=tmp_path / "data")
@@ -198,7 +198,7 @@ def test_a_folder_keeps_the_numbers_of_its_images(tmp_path, channels, dtype, suf
     assert padded_gigabytes(records, ignore_label=255, kind=found.kind) == pytest.approx(3 * 48 * 61 * size / 1e9)
 
 
-def test_rgb_of_8_bits_is_what_it_was_whatever_file_it_comes_from(tmp_path):
+def test_8_bit_rgb_keeps_its_values_in_every_file_format(tmp_path):
     made, found = prepared(tmp_path, 3, "uint8", suffix=".tif")
     assert found.kind.is_rgb
     for number, image in enumerate(made["train"]):
@@ -206,7 +206,7 @@ def test_rgb_of_8_bits_is_what_it_was_whatever_file_it_comes_from(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_grey_png_becomes_rgb_unless_classes_json_says_one_channel(tmp_path, capsys, dtype):
+def test_grey_png_becomes_rgb_unless_classes_json_has_one_channel(tmp_path, capsys, dtype):
     made, found = prepared(tmp_path, 1, dtype, suffix=".png", channels=1)
     assert (found.kind.channels, found.kind.dtype) == (1, dtype)
     np.testing.assert_array_equal(found.records("val")[2][0], made["val"][2])
@@ -218,7 +218,7 @@ def test_grey_png_becomes_rgb_unless_classes_json_says_one_channel(tmp_path, cap
         assert '"channels": 1 in classes.json keeps' in " ".join(capsys.readouterr().out.split())
 
 
-def test_grey_tiff_becomes_rgb_where_classes_json_says_three_channels(tmp_path):
+def test_grey_tiff_becomes_rgb_if_classes_json_has_three_channels(tmp_path):
     made, found = prepared(tmp_path, 1, "uint16", suffix=".tif", channels=3)
     assert (found.kind.channels, found.kind.dtype) == (3, "uint16")
     np.testing.assert_array_equal(found.records("train")[1][0], np.repeat(made["train"][1], 3, axis=2))
@@ -231,7 +231,7 @@ def refusal(tmp_path):
     return str(caught.value)
 
 
-def test_images_of_several_kinds_are_refused_with_a_file_of_each(tmp_path):
+def test_mixed_kinds_of_images_are_refused_with_a_file_of_each(tmp_path):
     folder(tmp_path / "given", 4, "uint16")
     save(tmp_path / "given" / "images" / "val" / "b.npy", array(0, (33, 61), 4, "uint8"))
     (tmp_path / "given" / "images" / "train" / "c.npy").unlink()
@@ -253,7 +253,7 @@ def test_channels_in_classes_json_are_checked(tmp_path, given, words):
     assert words in refusal(tmp_path)
 
 
-def test_images_that_are_not_read_are_refused_by_their_kind(tmp_path):
+def test_unsupported_kinds_of_images_are_refused_by_name(tmp_path):
     folder(tmp_path / "given", 2, "float32")
     place = tmp_path / "given" / "images" / "train"
     image = np.load(place / "a.npy")
@@ -267,7 +267,7 @@ def test_images_that_are_not_read_are_refused_by_their_kind(tmp_path):
     assert "its image 2 x 48; the array seems to be (C, H, W)" in message
 
 
-def test_data_that_were_prepared_before_have_no_moments_and_are_rgb(tmp_path):
+def test_data_prepared_by_older_versions_have_no_moments_and_are_rgb(tmp_path):
     _, found = prepared(tmp_path, 3, "uint8")
     path = found.path / "metadata.json"
     about = json.loads(path.read_text())
@@ -312,7 +312,7 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(4, "uint16"), (2, "float32"), (1, "uint8"), (13, "uint8")])
-def test_streamed_batches_are_those_of_memory_in_the_same_dtype(tmp_path, channels, dtype):
+def test_streamed_batches_equal_resident_ones_in_the_same_dtype(tmp_path, channels, dtype):
     _, found = prepared(tmp_path, channels, dtype)
     (opened,) = open_prepared_splits(found, ["train"], resident_gb=1)
     (streamed,) = open_prepared_splits(found, ["train"], resident_gb=0)
@@ -339,7 +339,7 @@ def test_streamed_batches_are_those_of_memory_in_the_same_dtype(tmp_path, channe
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_values_without_a_range_change_about_their_mean(dtype):
+def test_contrast_of_values_without_a_range_changes_about_their_mean(dtype):
     image = array(2, (40, 30), 4, dtype)
     mean, std = (image.reshape(-1, 4).astype(float).mean(axis=0), image.reshape(-1, 4).astype(float).std(axis=0))
     batch = {
@@ -391,7 +391,7 @@ def test_brightness_and_contrast_of_8_bits_stay_in_their_range(channels):
         np.testing.assert_allclose(changed[inside], slope * image[inside] + offset, atol=1e-2)
 
 
-def test_a_split_of_several_kinds_is_refused_by_name():
+def test_a_split_of_mixed_kinds_is_refused_by_name():
     class Mixed:
         sizes, names = np.array([[4, 5], [4, 5]], np.int32), ("one", "two")
 

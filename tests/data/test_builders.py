@@ -119,7 +119,7 @@ def complete_datasets(data: Path) -> list[Path]:
 # What is read back
 
 
-def test_png_images_and_masks_come_back_bit_for_bit_in_order(tree, data):
+def test_png_images_and_masks_are_read_back_bit_for_bit_in_order(tree, data):
     split = prepare(tree, data).load("train")
     np.testing.assert_array_equal(split.images, np.stack([random_image(0), random_image(1)]))
     np.testing.assert_array_equal(split.labels, np.stack([random_mask(0), random_mask(1)]))
@@ -140,7 +140,7 @@ def test_files_are_stored_byte_for_byte(tree, data):
     assert record["name"] == b"a"
 
 
-def test_jpeg_comes_back_as_rgb(tree, data):
+def test_jpeg_is_read_back_as_rgb(tree, data):
     red = np.zeros((5, 7, 3), np.uint8)
     red[..., 2] = 255  # OpenCV's order is BGR
     (tree / "images/val/a.png").unlink()
@@ -163,7 +163,7 @@ def test_images_of_unequal_size_are_padded_at_the_bottom_and_right(tree, data):
     assert (split.labels[0, 5:] == 255).all() and (split.labels[1, :, 3:] == 255).all()
 
 
-def test_padding_of_labels_is_the_ignore_value_of_the_folder(tmp_path, data):
+def test_labels_are_padded_with_the_ignore_value_of_the_folder(tmp_path, data):
     root = make_tree(tmp_path / "tree", CLASSES | {"ignore": 7}, train=2)
     write(root / "labels/train/a.png", png(np.zeros((5, 7), np.uint8)))
     write(root / "images/train/b.png", png(random_image(1, (2, 9)).reshape(2, -1), color_type=2))
@@ -181,7 +181,7 @@ def test_grey_and_alpha_images_are_read_as_rgb(tree, data, color_type, channels)
     np.testing.assert_array_equal(prepare(tree, data).load("val").images[0], expected)
 
 
-def test_a_mask_with_chunks_that_change_how_it_looks_keeps_its_values(tree, data):
+def test_png_chunks_that_change_the_display_do_not_change_a_mask(tree, data):
     exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 3, 0, 0)
     extra = chunk(b"gAMA", struct.pack(">I", 45455)) + chunk(b"tRNS", b"\0\1") + chunk(b"eXIf", exif)
     write(tree / "labels/val/a.png", png(random_mask(0), extra=extra))
@@ -197,7 +197,7 @@ def test_the_spec_is_stored_with_the_data_and_read_back(tree, data):
 
 
 @pytest.mark.parametrize("names, ignore", [(["road", "tree", "car"], 255), (["car"], 2)])
-def test_pixels_are_counted_by_class_without_the_ignored_ones(tmp_path, data, names, ignore):
+def test_pixels_are_counted_by_class_except_ignored_ones(tmp_path, data, names, ignore):
     classes = CLASSES | {"names": names, "colors": CLASSES["colors"][: len(names)], "ignore": ignore}
     root = make_tree(tmp_path / "tree", classes)
     values = np.array([*range(max(len(names), 2)), ignore], np.uint8)
@@ -216,7 +216,7 @@ def test_a_folder_without_a_name_is_named_after_its_directory(tmp_path, data):
     assert prepared.spec.name == "my street views" and prepared.path.parent.name.startswith("my_street_views-")
 
 
-def test_hidden_files_are_passed_over(tree, data):
+def test_hidden_files_are_skipped(tree, data):
     for name in (".DS_Store", "images/.DS_Store", "images/train/._a.png", "labels/train/.x"):
         write(tree / name, b"of no concern")
     assert prepare(tree, data).splits == {"train": 2, "val": 1}
@@ -228,7 +228,7 @@ def test_names_need_not_be_ascii(tree, data):
     assert prepare(tree, data).load("val").names == ("straße 1.x",)
 
 
-def test_loading_an_unknown_split_names_those_there_are(tree, data):
+def test_loading_an_unknown_split_names_the_existing_ones(tree, data):
     with pytest.raises(builders.DataError, match=r"toy has no split 'test'; there are train 2, val 1"):
         prepare(tree, data).load("test")
 
@@ -265,7 +265,7 @@ def test_a_split_beyond_tfds_memory_buffer_needs_no_tensorflow(tree, data, monke
 
 
 @pytest.mark.parametrize("verbosity", ["warning", "info"])
-def test_the_console_shows_one_line_at_first_use_and_none_later(tree, data, verbosity):
+def test_preparation_prints_one_line_at_first_use_and_none_later(tree, data, verbosity):
     code = f"""
 from absl import logging
 from segjax.data import builders
@@ -302,7 +302,7 @@ def test_the_data_directory_defaults_to_that_of_tfds(tree, data, monkeypatch):
 # Which data are which
 
 
-def test_an_unchanged_folder_is_not_prepared_again(tree, data, monkeypatch):
+def test_an_unchanged_folder_is_prepared_once(tree, data, monkeypatch):
     first = prepare(tree, data)
     monkeypatch.setattr(masks, "convert", lambda *_: pytest.fail("checked again"))
     assert prepare(tree, data) == first
@@ -320,20 +320,20 @@ def test_an_unchanged_folder_is_not_prepared_again(tree, data, monkeypatch):
     ],
     ids=["time", "mask", "classes", "added", "renamed", "split renamed"],
 )
-def test_a_changed_folder_is_prepared_anew(tree, data, change):
+def test_a_changed_folder_is_prepared_again(tree, data, change):
     first = prepare(tree, data)
     change(tree)
     second = prepare(tree, data)
     assert second.path != first.path and first.path.is_dir()
 
 
-def test_the_present_state_is_what_is_read_after_a_change(tree, data):
+def test_after_a_change_the_current_files_are_read(tree, data):
     prepare(tree, data)
     write(tree / "labels/val/a.png", png(np.full((5, 7), 2, np.uint8)))
     assert (prepare(tree, data).load("val").labels == 2).all()
 
 
-def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, data):
+def test_folders_with_equal_names_sizes_and_times_are_distinguished(tmp_path, data):
     masks = {name: np.full((5, 7), value, np.uint8) for name, value in (("one", 1), ("two", 2))}
     for name, mask in masks.items():
         root = make_tree(tmp_path / name)
@@ -350,7 +350,7 @@ def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, data):
 
 
 @pytest.mark.parametrize("source", [None, "", ()])
-def test_camvid_once_prepared_needs_no_source(source, tiny_camvid, data):
+def test_prepared_camvid_needs_no_source(source, tiny_camvid, data):
     prepared = prepare(tiny_camvid, data, "camvid")
     assert prepared.spec == specs.DATASETS["camvid"].spec and prepared.path == data / "segjax_camvid/1.1.0"
     shutil.rmtree(tiny_camvid)
@@ -369,7 +369,7 @@ def test_tfds_itself_reads_camvid_by_its_name(tiny_camvid, data):
         np.testing.assert_array_equal(example["label"][..., 0], ours.labels[i])
 
 
-def test_camvid_not_prepared_and_without_a_source_says_what_to_pass(data):
+def test_for_unprepared_camvid_the_error_says_what_to_pass(data):
     with pytest.raises(builders.DataError) as error:
         builders.prepare("camvid", source=None, data_dir=str(data))
     # Each command adds its own flag.
@@ -384,14 +384,14 @@ def test_camvid_not_prepared_and_without_a_source_says_what_to_pass(data):
     assert not data.exists()
 
 
-def test_a_copy_of_camvid_is_the_same_dataset_whatever_its_times(tiny_camvid, tmp_path, data):
+def test_a_copy_of_camvid_with_other_times_is_the_same_dataset(tiny_camvid, tmp_path, data):
     first = prepare(tiny_camvid, data, "camvid")
     shutil.copytree(tiny_camvid, tmp_path / "copy", copy_function=shutil.copyfile)
     os.utime(tmp_path / "copy/images/val/a.png", ns=(0, 0))
     assert prepare(tmp_path / "copy", data, "camvid") == first
 
 
-def test_other_files_than_those_camvid_was_prepared_from_are_refused(tiny_camvid, tmp_path, data):
+def test_a_source_other_than_that_of_the_prepared_camvid_is_refused(tiny_camvid, tmp_path, data):
     path = prepare(tiny_camvid, data, "camvid").path
     other = Path(shutil.copytree(tiny_camvid, tmp_path / "other"))
     write(other / "labels/val/a.png", png(np.zeros((5, 7), np.uint8)))
@@ -400,7 +400,7 @@ def test_other_files_than_those_camvid_was_prepared_from_are_refused(tiny_camvid
     assert str(path) in str(error.value) and str(tiny_camvid) in str(error.value)
 
 
-def test_camvid_with_other_numbers_of_images_or_classes_is_refused(tmp_path, data):
+def test_camvid_with_wrong_numbers_of_images_or_classes_is_refused(tmp_path, data):
     with pytest.raises(builders.DataError) as error:
         prepare(make_tree(tmp_path / "tree"), data, "camvid")
     assert "train 2, val 1 instead of train 367, val 101, test 233" in str(error.value)
@@ -556,7 +556,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change, expected", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_with_file_and_value_and_nothing_written(tree, data, change, expected):
+def test_bad_data_are_refused_with_file_and_value_and_nothing_is_written(tree, data, change, expected):
     prepare(tree, data.with_name("before the change"))  # the tree is in order until `change`
     change(tree)
     report = refused(tree, data)
@@ -564,7 +564,7 @@ def test_refused_with_file_and_value_and_nothing_written(tree, data, change, exp
         assert part in report, report
 
 
-def test_all_problems_are_in_one_report_which_names_no_sound_file(tmp_path, data):
+def test_all_problems_are_in_one_report_which_names_only_bad_files(tmp_path, data):
     root = make_tree(tmp_path / "tree", train=6, val=2)
     bad_classes(CLASSES | {"ignore": -1})(root)
     write(root / "labels/train/b.png", jpeg(random_image(0)))
@@ -594,7 +594,7 @@ def test_a_report_shows_ten_of_a_kind_and_counts_the_rest(tmp_path, data):
     assert "12 (1 pixels), and 25 more" in report  # of the 35 values of one mask
 
 
-def test_no_beginning_of_a_png_or_jpeg_passes_for_the_whole():
+def test_a_truncated_png_or_jpeg_is_never_accepted():
     thumbnail = b"\xff\xe1\0\x06\xff\xd8\xff\xd9"  # a segment that holds an end marker of its own
     plain = jpeg(random_image(0, (20, 30)))
     for whole in (
@@ -606,7 +606,7 @@ def test_no_beginning_of_a_png_or_jpeg_passes_for_the_whole():
         assert all(codec.damage(whole[:length]) for length in range(len(whole)))
 
 
-def test_exif_that_turns_nothing_is_accepted(tree, data):
+def test_exif_without_rotation_is_accepted(tree, data):
     write(tree / "images/train/b.png", turned_jpeg(random_image(1), 1))
     assert prepare(tree, data).splits["train"] == 2
 
@@ -626,7 +626,7 @@ def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, mess
 # Nothing half-prepared
 
 
-def test_a_failure_midway_leaves_no_dataset_and_the_next_run_goes_on(tree, data, monkeypatch, capsys):
+def test_a_failure_midway_leaves_no_dataset_and_the_next_run_continues(tree, data, monkeypatch, capsys):
     convert = masks.convert
 
     def convert_then_lose_a_file(*args):
@@ -645,7 +645,7 @@ def test_a_failure_midway_leaves_no_dataset_and_the_next_run_goes_on(tree, data,
     assert "Taking over 3 of 3 images" in capsys.readouterr().out and not list(data.rglob("*converting*"))
 
 
-def test_a_killed_run_leaves_nothing_that_passes_for_complete(tree, data):
+def test_a_killed_preparation_leaves_no_seemingly_complete_dataset(tree, data):
     code = f"""
 import os
 from segjax.data import builders
@@ -666,7 +666,7 @@ builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
     assert not list(data.rglob("*incomplete*")) and not list(data.rglob("*converting*"))
 
 
-def test_a_second_process_waits_for_the_preparing_one_and_names_it(tree, data):
+def test_a_second_process_waits_for_the_first_and_names_it(tree, data):
     """The first stops while it writes, the second must wait; killed, the first frees the lock by its death."""
     code = f"""
 import sys, time
@@ -708,7 +708,7 @@ def start_after(first, start, which):
     return start(which)
 
 
-def test_a_directory_in_the_place_of_the_data_is_refused(tree, data):
+def test_an_incomplete_dataset_directory_is_refused(tree, data):
     path = prepare(tree, data).path
     (path / "dataset_info.json").unlink()
     with pytest.raises(builders.DataError, match=r"holds no complete dataset; delete it"):

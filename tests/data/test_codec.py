@@ -59,7 +59,7 @@ def png_of(size, rows, *, extra=b"", color_type=2):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_content_tells_the_format_and_the_header_the_size(name, seed):
+def test_the_format_is_read_from_the_content_and_the_size_from_the_header(name, seed):
     image = scene(seed, 21 + seed, 30)
     data = encoded(image, name, **FORMATS[name])
     assert codec.format_of(data[:32]) == name
@@ -85,13 +85,13 @@ def test_the_header_of_every_kind_of_webp_jpeg_and_bmp_has_the_size():
 
 
 @pytest.mark.parametrize("head", [b"", b"BM: a text of biology, 1234567890", b"RIFF1234WAVE", b"<html>", b"\xff\xd8"])
-def test_what_is_no_image_is_not_taken_for_one(head):
+def test_other_files_are_not_taken_for_images(head):
     assert codec.format_of(head) is None
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), st.binary(max_size=40), st.integers(0, 60), st.integers(0, 80))
-def test_headers_of_any_bytes_raise_nothing(name, patch, start, cut):
+def test_reading_the_size_of_arbitrary_bytes_raises_nothing(name, patch, start, cut):
     data = bytearray(encoded(scene(0, 9, 14), name))
     data[start : start + len(patch)] = patch
     data = bytes(data[: max(len(data) - cut, 0)])
@@ -142,7 +142,7 @@ def test_the_size_is_read_before_anything_is_decoded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_limit_on_pixels_is_kept_and_can_be_lifted(name):
+def test_the_limit_on_pixels_is_enforced_and_can_be_raised(name):
     data = encoded(scene(0, 20, 30), name, **FORMATS[name])
     assert decode_upright(data, max_pixels=600)[0].shape == (20, 30, 3)
     # 16 bits take twice the memory.
@@ -155,7 +155,7 @@ def test_a_limit_on_pixels_is_kept_and_can_be_lifted(name):
 
 
 @pytest.mark.parametrize("name", ["PNG", "GIF"])
-def test_data_sets_refuse_bombs_too(name):
+def test_datasets_refuse_decompression_bombs(name):
     data = bomb(name)
     assert codec.damage(data) is None
     assert codec.fault_of_image(data) == "images of more than 178,956,970 pixels; cut them up"
@@ -170,7 +170,7 @@ def test_data_sets_refuse_bombs_too(name):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
-def test_a_jpeg_whose_middle_is_lost_is_refused(seed, at):
+def test_a_jpeg_with_a_damaged_middle_is_refused(seed, at):
     data = damaged_jpeg(seed, at=at)
     assert codec.damage(data) is None
     for decode in (decode_upright, codec.decode_undamaged):
@@ -181,7 +181,7 @@ def test_a_jpeg_whose_middle_is_lost_is_refused(seed, at):
 
 
 @pytest.mark.parametrize("more", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 0}])
-def test_a_whole_jpeg_is_not_refused(more):
+def test_an_intact_jpeg_is_not_refused(more):
     image = scene(1, 50, 70)
     found, _ = decode_upright(encoded(image, "JPEG", quality=95, **more))
     assert np.abs(found.astype(int) - image).mean() < 4
@@ -191,7 +191,7 @@ def test_a_whole_jpeg_is_not_refused(more):
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "TIFF", "WebP", "BMP", "GIF"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_file_that_is_cut_off_is_refused(name, seed):
+def test_a_truncated_file_is_refused(name, seed):
     image = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     data = encoded(image, name, **FORMATS[name])
     for share in (0.05, 0.3, 0.6, 0.95):
@@ -199,7 +199,7 @@ def test_a_file_that_is_cut_off_is_refused(name, seed):
             decode_upright(data[: int(len(data) * share)])
 
 
-def test_pixels_that_a_whole_png_lacks_are_not_made_up():
+def test_a_png_with_missing_pixels_is_refused():
     image = scene(0, 40, 50)
     for rows in (zlib.compress(b"".join(b"\0" + row.tobytes() for row in image[:20])), b"no stream", b""):
         with pytest.raises(codec.ImageError, match="damaged PNG"):
@@ -207,14 +207,14 @@ def test_pixels_that_a_whole_png_lacks_are_not_made_up():
 
 
 @pytest.mark.parametrize("height", [1, 30, 39])
-def test_a_png_of_more_rows_than_its_header_says_is_refused(height):
+def test_a_png_with_more_rows_than_its_header_states_is_refused(height):
     data = png_of((height, 50), zlib.compress(b"".join(b"\0" + row.tobytes() for row in scene(0, 40, 50))))
     for decode in (decode_upright, codec.decode_undamaged):
         with pytest.raises(codec.ImageError, match="more pixels than the size in its header"):
             decode(data)
 
 
-def test_what_libraries_print_does_not_reach_the_terminal():
+def test_messages_of_libraries_do_not_reach_the_terminal():
     """libjpeg, libpng and OpenCV write to descriptor 2 themselves."""
     profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile"))
     image = scene(0, 40, 50)
@@ -239,7 +239,7 @@ def test_what_libraries_print_does_not_reach_the_terminal():
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def test_a_gif_is_read_as_its_colours_also_for_data_sets():
+def test_a_gif_is_read_in_its_colours_also_for_datasets():
     """The published Oxford-IIIT Pet has GIFs named .jpg."""
     few = scene(0, 21, 30) // 64 * 64
     data = encoded(Image.fromarray(few).quantize(64), "GIF")
@@ -267,7 +267,7 @@ def test_opencv_gives_the_colours_of_every_png(color_type):
     np.testing.assert_array_equal(codec.decode_image(data), expected)
 
 
-def test_decoding_is_opencv_in_the_end():
+def test_decoding_gives_opencvs_pixels():
     data = encoded(scene(2, 50, 70), "JPEG", quality=90)
     expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     np.testing.assert_array_equal(codec.decode_image(data), expected)

@@ -25,7 +25,7 @@ def corrupted(kind, image, severity):
 
 @pytest.mark.parametrize("seed, size", SIZES)
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_jpeg_is_that_of_pillow(seed, size, severity):
+def test_jpeg_corruption_equals_pillows(seed, size, severity):
     image, file = scene(seed, *size), io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[severity - 1])
     expected = np.asarray(Image.open(file)).astype(int)
@@ -37,7 +37,7 @@ def test_jpeg_is_that_of_pillow(seed, size, severity):
 
 @pytest.mark.parametrize("seed, size", SIZES)
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_blur_is_that_of_scipy(seed, size, severity):
+def test_blur_equals_scipys(seed, size, severity):
     image = scene(seed, *size)
     sigma = (1, 2, 3, 4, 6)[severity - 1]
     expected = scipy.ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0), mode="mirror", truncate=3)
@@ -66,7 +66,7 @@ def test_contrast_keeps_the_mean_colour(severity):
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_noise_is_normal_with_its_deviation(severity):
+def test_noise_is_normal_with_the_right_deviation(severity):
     image = np.full((150, 200, 3), 127, np.uint8)
     noise = corrupted("gaussian noise", image, severity) - 127
     deviation = 255 * (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1]
@@ -90,7 +90,7 @@ def split_of(names):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_is_corrupted_alike_whatever_the_others_are(kind):
+def test_corruption_of_an_image_does_not_depend_on_the_others(kind):
     every, some = (CorruptedRecords(split_of(names), kind, 3) for names in (["a0", "a1", "a2", "b2"], ["a2", "a1"]))
     assert len(every) == 4 and every.names == ("a0", "a1", "a2", "b2") and every.sizes.tolist() == [[20, 30]] * 4
     # Repeated, and in another order.
@@ -104,6 +104,6 @@ def test_an_image_is_corrupted_alike_whatever_the_others_are(kind):
     assert np.abs(every[1][0] - scene(1, 20, 30).astype(int)).mean() > np.abs(milder - scene(1, 20, 30)).mean() > 0
 
 
-def test_constants_grow_with_the_severity():
+def test_constants_increase_with_the_severity():
     for constants in (corruptions.NOISE, corruptions.BLUR, corruptions.BRIGHTNESS):
         assert list(constants) == sorted(constants) and len(constants) == 5

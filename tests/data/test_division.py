@@ -56,7 +56,7 @@ NAMES = [f"image{number:03d}" for number in range(200)]
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_share_is_met_and_the_seed_decides(share, seed):
+def test_the_division_has_the_requested_share_and_depends_on_the_seed(share, seed):
     parts = divide(NAMES, share, seed)
     assert len(parts["val"]) == round(share * 200) and parts["train"] | parts["val"] == set(NAMES)
     assert not parts["train"] & parts["val"]
@@ -64,14 +64,14 @@ def test_the_share_is_met_and_the_seed_decides(share, seed):
     assert divide(NAMES, share, seed + 1) != parts
 
 
-def test_more_images_hardly_change_the_places_of_the_others():
+def test_adding_images_hardly_changes_the_splits_of_the_others():
     before, after = divide(NAMES, 0.2), divide([*NAMES, *(f"new{number}" for number in range(40))], 0.2)
     assert len(before["val"] - after["val"]) <= 8
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("pattern", [r"^patient\d+", r"_(eye\d)"])
-def test_groups_stay_together_and_the_share_is_as_close_as_they_allow(seed, pattern):
+def test_groups_stay_together_and_the_share_is_as_close_as_possible(seed, pattern):
     rng = np.random.default_rng(seed)
     names = [f"patient{rng.integers(12)}_eye{rng.integers(5)}_{number}" for number in range(90)]
     parts = divide(names, 0.3, seed, pattern)
@@ -81,7 +81,7 @@ def test_groups_stay_together_and_the_share_is_as_close_as_they_allow(seed, patt
     assert abs(len(parts["val"]) - 27) <= largest
 
 
-def test_two_groups_are_one_for_each_split():
+def test_two_groups_go_to_different_splits():
     parts = divide(["a1", "a2", "a3", "b1"], 0.01, 0, "^.")
     assert {frozenset(found) for found in parts.values()} == {frozenset({"a1", "a2", "a3"}), frozenset({"b1"})}
 
@@ -94,7 +94,7 @@ def test_two_groups_are_one_for_each_split():
         (["a1"], (0.5,), "too few groups"),
     ],
 )
-def test_what_cannot_be_divided_is_named(names, how, said):
+def test_images_that_cannot_be_divided_are_named(names, how, said):
     from collections import defaultdict
 
     problems = defaultdict(list)
@@ -105,7 +105,7 @@ def test_what_cannot_be_divided_is_named(names, how, said):
 @pytest.mark.parametrize(
     "how, said", [((0.0,), "between 0 and 1"), ((1.0,), "between"), ((0.5, 0, "("), "not a regular")]
 )
-def test_a_division_that_is_none_is_refused(how, said):
+def test_an_invalid_division_is_refused(how, said):
     with pytest.raises(DataError, match=said):
         Division(*how)
 
@@ -146,7 +146,7 @@ def test_the_only_split_is_divided_and_kept(splits, tmp_path, capsys):
             np.testing.assert_array_equal(opened.data[number][0], scene(names.index(name), *SIZE))
 
 
-def test_another_division_counts_until_the_first_one_is_asked_for_again(tmp_path):
+def test_the_latest_division_is_used(tmp_path):
     root = make(tmp_path / "folder", NAMES[:12])
     assert prepare(root, tmp_path) == 0
     assert splits_of(root, tmp_path).keys() == {"all_images"}
@@ -157,7 +157,7 @@ def test_another_division_counts_until_the_first_one_is_asked_for_again(tmp_path
     assert [len(parts["val"]) for parts in found] == [6, 3, 6] and found[0] == found[2]
 
 
-def test_what_has_two_splits_is_not_divided(tmp_path, capsys):
+def test_a_folder_with_two_splits_is_not_divided(tmp_path, capsys):
     root = make(tmp_path / "folder", NAMES[:3], splits=("train", "val"))
     assert prepare(root, tmp_path, "--val-share", "0.5") == 2
     said = " ".join(capsys.readouterr().err.split())
@@ -165,14 +165,14 @@ def test_what_has_two_splits_is_not_divided(tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-def test_flags_of_a_division_need_a_share(tmp_path, capsys):
+def test_flags_for_a_division_need_a_share(tmp_path, capsys):
     for more in (("--group-by", "x"), ("--seed", "3"), ("--val-share", "1.5")):
         with pytest.raises(SystemExit):
             prepare(tmp_path, tmp_path, *more)
     assert "need --val-share" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_training_without_a_split_to_evaluate_names_the_command(tmp_path):
+def test_a_run_without_a_split_to_evaluate_names_the_command(tmp_path):
     root = make(tmp_path / "folder", NAMES[:8], splits=("train",))
     config = runs.make_config()
     config.data.update(name="folder", source=str(root), dir=str(tmp_path / "data"))
@@ -187,7 +187,7 @@ def test_a_training_without_a_split_to_evaluate_names_the_command(tmp_path):
     assert chosen["data.eval_split"].value == "val"
 
 
-def test_an_evaluation_of_a_folder_takes_the_split_that_was_made(tmp_path):
+def test_evaluation_of_a_divided_folder_uses_its_split(tmp_path):
     root = make(tmp_path / "folder", NAMES[:8])
     assert prepare(root, tmp_path, "--val-share", "0.25") == 0
     (opened,) = open_splits("folder", ["val"], source=root, data_dir=tmp_path / "data")
@@ -205,7 +205,7 @@ def prepare_subset(name, made, tmp_path, *more):
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "ade20k", "voc", "pet"])
-def test_a_subset_is_refused_with_the_flag_and_prepared_with_it(name, tmp_path, capsys):
+def test_without_its_flag_a_subset_is_refused_and_the_flag_is_named(name, tmp_path, capsys):
     made = Made(tmp_path / "made", name)
     assert prepare_subset(name, made, tmp_path) == 2
     assert f"segjax data prepare {name} --subset" in " ".join(capsys.readouterr().err.split())
@@ -236,7 +236,7 @@ def test_files_without_a_partner_are_skipped_and_counted(tmp_path, capsys):
     assert builders.prepare("cityscapes", data_dir=tmp_path / "data").splits == {"train": 2, "test": 2}
 
 
-def test_a_list_may_name_images_that_a_subset_lacks(tmp_path, capsys):
+def test_a_list_may_name_images_that_are_missing_from_a_subset(tmp_path, capsys):
     made = Made(tmp_path / "made", "voc")
     first = sorted(made.images["train"])[0]
     (made.root / f"VOCdevkit/VOC2012/JPEGImages/{first}.jpg").unlink()
@@ -255,7 +255,7 @@ def test_a_subset_without_any_mask_is_refused(tmp_path, capsys):
     assert "no image with its mask" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "data").exists()
 
 
-def test_a_subset_with_one_split_is_divided_in_one_way_only(tmp_path, capsys):
+def test_the_division_of_a_subset_cannot_be_changed(tmp_path, capsys):
     made = Made(tmp_path / "made", "cityscapes")
     for part in ("leftImg8bit", "gtFine"):
         shutil.rmtree(made.root / part / "val")
@@ -272,7 +272,7 @@ def test_a_subset_with_one_split_is_divided_in_one_way_only(tmp_path, capsys):
     assert "divided differently: val 0.4 of the images" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_subset_of_a_published_folder(tmp_path):
+def test_a_subset_of_camvid_is_prepared(tmp_path):
     classes = specs.CAMVID
     root = make(tmp_path / "folder", NAMES[:3], splits=("train", "val"))
     about = {"names": classes.class_names, "colors": classes.colors, "ignore": classes.ignore_label}

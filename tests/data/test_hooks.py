@@ -91,7 +91,7 @@ def batches_of(split, settings, *, seed=0, batch=3, start=0):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_function_on_the_device_comes_after_colours_and_before_padding(seed, file):
+def test_a_device_function_runs_after_colours_and_before_padding(seed, file):
     split, number = noise(seed), 4
     batch = {"image": split.images, "label": split.labels, "size": split.sizes}
     keys = jax.random.split(jax.random.key(seed), number)
@@ -112,7 +112,7 @@ def test_a_function_on_the_device_comes_after_colours_and_before_padding(seed, f
     assert (np.asarray(changed)[~inside] == 0).all()
 
 
-def test_each_sample_has_a_key_of_its_own_that_no_other_draw_uses(file):
+def test_each_sample_has_its_own_key_that_no_other_draw_uses(file):
     image, key = np.full((1, 40, 64, 3), 100, np.uint8), jax.random.key(3)
     batch = {"image": image.repeat(5, 0), "label": np.zeros((5, 40, 64), np.uint8), "size": np.array([(40, 64)] * 5)}
     keys = jax.random.split(key, 5)
@@ -126,7 +126,7 @@ def test_each_sample_has_a_key_of_its_own_that_no_other_draw_uses(file):
     assert all(abs(float(jax.random.uniform(other)) - added[0]) > 1e-3 for other in others)
 
 
-def test_gamma_of_the_documentation_works(tmp_path):
+def test_the_documented_gamma_function_works(tmp_path):
     example = hooks.__doc__.split("Gamma, for example:")[1].split("`on_host`")[0]
     path = tmp_path / "gamma.py"
     path.write_text("import jax\n" + "\n".join(line[4:] for line in example.strip("\n").splitlines()))
@@ -140,7 +140,7 @@ def test_gamma_of_the_documentation_works(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_function_on_the_host_streams_and_follows_seed_step_and_position(seed, file):
+def test_a_host_function_depends_on_seed_step_and_position(seed, file):
     split, settings = noise(seed), settings_of(on_host=f"{file}:flip_and_noise", cat_max_ratio=0.75)
     images = split.images.copy()
     finish = jax.jit(partial(augment, settings=settings, ignore_label=IGNORE))
@@ -168,7 +168,7 @@ def test_a_function_on_the_host_streams_and_follows_seed_step_and_position(seed,
         np.testing.assert_array_equal(again.at(2)["image"], batch["image"])
 
 
-def test_without_a_function_on_the_host_a_split_in_memory_is_not_streamed(file):
+def test_without_a_host_function_a_resident_split_is_not_streamed(file):
     with batches_of(noise(0), settings_of(on_device=f"{file}:noisy")) as batches:
         assert type(batches) is TrainBatches
 
@@ -209,7 +209,7 @@ def refused(tmp_path, **changes):
 
 
 @pytest.mark.parametrize("setting", ["on_device", "on_host"])
-def test_functions_that_are_not_there_are_refused_by_their_setting(setting, file, tmp_path):
+def test_missing_functions_are_refused_with_their_setting(setting, file, tmp_path):
     cases = WRONG | {f"{file}:{name}": message for name, message in WRONG_IN_FILE.items()}
     for address, message in cases.items():
         told = refused(tmp_path, **{f"augment__{setting}": address})
@@ -218,7 +218,7 @@ def test_functions_that_are_not_there_are_refused_by_their_setting(setting, file
 
 
 @pytest.mark.parametrize("name", WRONG_RESULTS)
-def test_what_a_function_on_the_device_returns_is_checked_before_data(name, file, tmp_path):
+def test_the_result_of_a_device_function_is_checked_before_data_are_read(name, file, tmp_path):
     told = refused(tmp_path, augment__on_device=f"{file}:{name}")
     assert f"config.augment.on_device: '{file}:{name}'; " in told
     with pytest.raises(ValueError, match=rf"(?m)augment\.on_device=.*{name}'; .*{WRONG_RESULTS[name]}"):
@@ -226,7 +226,7 @@ def test_what_a_function_on_the_device_returns_is_checked_before_data(name, file
 
 
 @pytest.mark.parametrize("name, message", [("gives_less", r"it returned uint8 \(\d+, \d+, 3\)"), ("fails", "no fog")])
-def test_an_image_that_a_function_on_the_host_spoils_is_named(name, message, file):
+def test_an_image_for_which_a_host_function_fails_is_named(name, message, file):
     expected = rf"(?s)image\d\.png .*augment\.on_host='.*:{name}'; .*({message})"
     with (
         batches_of(noise(0), settings_of(on_host=f"{file}:{name}")) as batches,
@@ -235,14 +235,14 @@ def test_an_image_that_a_function_on_the_host_spoils_is_named(name, message, fil
         batches.at(0)
 
 
-def test_a_file_that_fails_when_imported_says_why(tmp_path):
+def test_a_file_that_fails_to_import_is_refused_with_the_reason(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("import numpy\n1 / 0\n")
     told = refused(tmp_path, augment__on_host=f"{path}:any")
     assert f"{path} cannot be imported: ZeroDivisionError: division by zero" in told
 
 
-def test_a_module_on_the_path_is_found_by_its_name(tmp_path, monkeypatch):
+def test_a_module_on_the_python_path_is_found_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_package_of_fog").mkdir()
     (tmp_path / "my_package_of_fog" / "__init__.py").write_text("")
     (tmp_path / "my_package_of_fog" / "device.py").write_text(CODE)
@@ -275,7 +275,7 @@ def test_a_module_on_the_path_is_found_by_its_name(tmp_path, monkeypatch):
         (dict(augment__rotation=-1.0), r"augment\.rotation: -1\.0; must be at least 0 and at most 180"),
     ],
 )
-def test_settings_of_augmentation_that_clash_are_named(changes, message, tmp_path):
+def test_incompatible_settings_of_augmentation_are_named(changes, message, tmp_path):
     told = refused(tmp_path, **changes)
     assert len(told.splitlines()) == 2 and re.search(message, told), told
 
@@ -303,7 +303,7 @@ def test_the_padding_of_crops_follows_the_base_size():
         assert check_crop(settings, sizes) == pytest.approx(drawn, abs=0.012)
 
 
-def test_a_crop_that_no_image_fills_at_its_base_size_is_refused():
+def test_a_crop_larger_than_every_image_at_its_base_size_is_refused():
     with pytest.raises(RunError, match=r"best image has 82x160 with augment.base_size=\(80, 41\)"):
         check_crop(settings_of(crop=(96, 96), base_size=(80, 41), scale=(0.5, 2.0)), np.array([(1024, 2000)]))
     check_crop(settings_of(crop=(96, 96), base_size=(2048, 512), scale=(0.5, 2.0)), np.array([(30, 40)]))

@@ -99,7 +99,7 @@ def test_every_kind_of_image_has_the_same_pixels_for_all_readers(seed, tmp_path)
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_that_exif_rotates_is_upright_where_its_mask_is(kind, orientation, tmp_path, capsys):
+def test_an_image_rotated_by_exif_is_upright_if_its_mask_is(kind, orientation, tmp_path, capsys):
     data = encoded(Image.fromarray(scene(1, *SIZE)), kind, exif=exif(orientation))
     upright = by_pillow(data)
     records = prepare(folder(tmp_path / "folder", {"a": data}, size=upright.shape[:2]), tmp_path).records("train")
@@ -114,7 +114,7 @@ def test_an_image_that_exif_rotates_is_upright_where_its_mask_is(kind, orientati
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_an_image_rotated_by_exif_stays_as_stored_where_its_mask_does(orientation, tmp_path):
+def test_an_image_rotated_by_exif_stays_as_stored_if_its_mask_does(orientation, tmp_path):
     image = scene(2, *SIZE)
     data = encoded(Image.fromarray(image), "PNG", exif=exif(orientation))
     records = prepare(folder(tmp_path / "folder", {"a": data}), tmp_path).records("train")
@@ -130,7 +130,7 @@ def test_damaged_exif_rotates_nothing(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "folder/images/train/a.jpg"), image)
 
 
-def test_an_animation_is_refused_and_a_webp_that_is_cut_is_named(tmp_path):
+def test_an_animation_is_refused_and_a_truncated_webp_is_named(tmp_path):
     frames = [Image.fromarray(scene(seed, *SIZE)) for seed in range(2)]
     files = {
         "moving": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
@@ -145,7 +145,7 @@ def test_an_animation_is_refused_and_a_webp_that_is_cut_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_arrays_of_a_prediction_are_those_of_its_files(seed):
+def test_prediction_reads_the_same_pixels_as_pillow(seed):
     for name, data in kinds(seed).items():
         if not name.startswith("16 bits"):
             image = opened(data)

@@ -72,7 +72,7 @@ def truth(number):
     return labels_of(number) % 256 if number == 2 else labels_of(number)
 
 
-def test_masks_of_16_bits_are_prepared_and_read_as_they_are(prepared):
+def test_16_bit_masks_are_prepared_and_read_unchanged(prepared):
     spec = prepared.spec
     assert (spec.num_classes, spec.ignore_label, spec.label_dtype) == (K, IGNORED, np.uint16)
     assert len(set(spec.colors)) == K
@@ -87,14 +87,14 @@ def test_masks_of_16_bits_are_prepared_and_read_as_they_are(prepared):
     assert prepared.pixel_counts("train") == np.bincount(counted, minlength=K).tolist()
 
 
-def test_tfds_itself_reads_16_bits(prepared):
+def test_tfds_itself_reads_16_bit_masks(prepared):
     import tensorflow_datasets as tfds
 
     (first, *_) = tfds.builder_from_directory(prepared.path).as_data_source("val")
     np.testing.assert_array_equal(first["label"][..., 0], truth(3))
 
 
-def test_values_that_are_no_class_are_named(root, tmp_path):
+def test_values_without_a_class_are_named(root, tmp_path):
     other = tmp_path / "folder"
     for part, content in (("images", png(scene(0, *SIZE))), ("labels", png(np.full(SIZE, 300, np.uint16)))):
         (other / part / "train").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_values_that_are_no_class_are_named(root, tmp_path):
 
 
 @pytest.mark.parametrize("seed, changes", [(0, {}), (2, {"cat_max_ratio": 0.6, "class_balance": 0.7})])
-def test_batches_from_memory_and_from_disk_are_the_same(seed, changes, prepared):
+def test_batches_from_memory_and_from_disk_are_equal(seed, changes, prepared):
     settings, key, parallel = default_config("folder").augment, jax.random.key(seed), JitParallel(jax.devices()[:1])
     settings.update(crop=(32, 40), **changes)
     pixels = np.array(prepared.pixel_counts("train"))
@@ -127,7 +127,7 @@ def test_batches_from_memory_and_from_disk_are_the_same(seed, changes, prepared)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_the_loss_is_that_of_the_class_and_not_of_its_lowest_8_bits(seed):
+def test_the_loss_uses_all_16_bits_of_a_class(seed):
     logits = np.random.default_rng(seed).standard_normal((2, *SIZE, K)).astype(np.float32)
     labels = np.stack([labels_of(seed), labels_of(seed + 1)])
     settings = default_config("folder").loss
@@ -161,7 +161,7 @@ def test_an_evaluation_counts_every_class_and_its_report_shows_them(settings, ro
         assert cv2.imread(str(output / "worst/01.png")) is not None
 
 
-def test_a_prediction_is_written_with_16_bits_and_in_colours(prepared, tmp_path):
+def test_a_prediction_is_written_in_16_bits_and_in_colours(prepared, tmp_path):
     model, spec = Pixels(K, 11), prepared.spec
     image = scene(4, *SIZE)
     cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1])

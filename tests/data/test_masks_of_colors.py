@@ -74,7 +74,7 @@ def expect(prepared, labels, ignore=255):
 
 
 @pytest.mark.parametrize("seed", [0, 4])
-def test_every_kind_of_mask_is_read_by_the_colours_of_classes_json(seed, tmp_path, capsys):
+def test_every_kind_of_mask_is_read_with_the_colours_of_classes_json(seed, tmp_path, capsys):
     colors = dict(enumerate(COLORS)) | {255: WHITE}
     labels = {name: labels_of(seed + i, [0, 1, 2, 255]) for i, name in enumerate("abcde")}
     alpha = np.full((*SIZE, 1), 255, np.uint8)
@@ -121,7 +121,7 @@ MEANS = {"Cityscapes": {254: 255, 253: 255}, "CamVid": {254: 1, 253: 2}}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_without_colours_masks_are_read_by_a_published_palette(name, tmp_path, capsys):
+def test_without_colours_masks_are_read_with_a_published_palette(name, tmp_path, capsys):
     names, colors = PUBLISHED[name]
     drawn = {stem: labels_of(seed, list(colors)) for seed, stem in enumerate("ab")}
     prepared = prepare(tmp_path, {stem: png(rgb_of(each, colors)) for stem, each in drawn.items()}, names=names)
@@ -132,7 +132,7 @@ def test_without_colours_masks_are_read_by_a_published_palette(name, tmp_path, c
     assert prepared.spec.colors == tuple(colors[label] for label in range(3)) and prepared.spec.ignore_label == 255
 
 
-def test_all_classes_of_every_published_palette_are_known_by_their_names():
+def test_all_classes_of_published_palettes_are_known_by_name():
     for spec in (specs.CITYSCAPES, specs.VOC, specs.CAMVID):
         assert palettes.known_colors(spec.class_names) == list(spec.colors)
         (found, *_) = palettes.palettes_for(spec, has_colors=True, ignored=[])
@@ -166,7 +166,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_colours_that_a_benchmark_does_not_evaluate_are_known_too(name):
+def test_colours_that_a_benchmark_does_not_evaluate_are_also_known(name):
     entries = [text.rsplit(" ", 3) for text in OTHERS[name]]
     names = [entry[0] for entry in entries]
     colors = [tuple(map(int, entry[1:])) for entry in entries]
@@ -198,7 +198,7 @@ def test_unknown_colours_are_listed_with_their_pixels_and_places(seed, tmp_path)
     assert f"{white}\n    [1, 2, 3]: 5 pixels in 1 masks, first in labels/train/a.png, row 3, column 5" in message
 
 
-def test_a_mask_of_very_many_colours_names_the_most_frequent_ones(tmp_path):
+def test_for_a_mask_of_many_colours_the_most_frequent_ones_are_named(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
     image[0, :4] = (7, 7, 9)
     message = refused(tmp_path, {"a": png(image)}, colors=COLORS)
@@ -206,20 +206,20 @@ def test_a_mask_of_very_many_colours_names_the_most_frequent_ones(tmp_path):
     assert message.count(" pixels in 1 masks") == 10 and "and 1 more" in message
 
 
-def test_grey_that_was_saved_as_rgb_is_refused_with_what_to_do(tmp_path):
+def test_grey_that_was_saved_as_rgb_is_refused_with_advice(tmp_path):
     grey = np.repeat(labels_of(0, [0, 1, 2]).astype(np.uint8)[..., None], 3, axis=2)
     message = refused(tmp_path, {"a": png(grey)}, colors=COLORS)
     assert "all colours are grey: if they are ids, save one channel as 8-bit grey" in message
 
 
-def test_palette_masks_with_colours_of_no_class_are_read_by_their_indices(tmp_path, capsys):
+def test_palette_masks_without_class_colours_are_read_by_their_indices(tmp_path, capsys):
     labels = {name: labels_of(seed, [0, 1, 2, 255]) for seed, name in enumerate("ab")}
     colors = [BLACK, (128, 0, 0), (0, 128, 0), *[(9, 9, 9)] * 252, WHITE]
     expect(prepare(tmp_path, {name: png(indexed(each, colors)) for name, each in labels.items()}), labels)
     assert "2 palette masks are read by their indices, which are class ids" in " ".join(capsys.readouterr().out.split())
 
 
-def test_palette_masks_that_could_be_read_in_two_ways_are_refused(tmp_path):
+def test_ambiguous_palette_masks_are_refused(tmp_path):
     # By the indices 0 is a road, by the colours of Cityscapes a car.
     colors = [(0, 0, 142), (107, 142, 35), (128, 64, 128)]
     mask = png(indexed(labels_of(0, [0, 1, 2]), colors))
@@ -230,7 +230,7 @@ def test_palette_masks_that_could_be_read_in_two_ways_are_refused(tmp_path):
     expect(prepared, {"a": 2 - labels_of(0, [0, 1, 2])})
 
 
-def test_colours_of_classes_at_other_indices_speak_against_the_indices(tmp_path):
+def test_class_colours_at_other_indices_rule_out_the_indices(tmp_path):
     mask = png(indexed(labels_of(0, [0, 1, 2]), [COLORS[1], COLORS[0], (50, 60, 70)]))
     message = refused(tmp_path, {"a": mask}, colors=COLORS)
     assert "[50, 60, 70]: " in message
@@ -269,7 +269,7 @@ def test_names_are_enough_for_masks_of_ids(tmp_path):
     assert len(set(specs.distinct_colors(5000))) == 5000
 
 
-def test_an_interrupted_preparation_keeps_the_colours_it_has_seen(tmp_path):
+def test_an_interrupted_preparation_keeps_its_measured_colours(tmp_path):
     mask = StoredMask(rgb_of(labels_of(0, [0, 1]), dict(enumerate(COLORS))), None)
     colors = palettes.colors_of(mask, [])
     measured = masks.Measured(SIZE, ((3, 4), (5, 6)), ("x", None), colors, is_stored=True, rotation="either")

@@ -106,7 +106,7 @@ def test_values_are_kept_exactly_in_every_layout(tmp_path, seed):
     assert prepared.pixel_counts("val") == (len(contents) * counted).tolist()
 
 
-def test_many_classes_have_16_bits_in_every_layout(tmp_path):
+def test_masks_of_many_classes_have_16_bits_in_every_layout(tmp_path):
     values = mask(2, (0, 256, 299, 65535), "uint16")
     contents = {name: content for name, content in layouts(values).items() if name not in ("h.tif", "g.tif")}
     records = prepare(folder(tmp_path / "folder", contents, names=[f"c{n}" for n in range(300)]), tmp_path).records(
@@ -117,7 +117,7 @@ def test_many_classes_have_16_bits_in_every_layout(tmp_path):
 
 
 @pytest.mark.parametrize("ignore", [7, 300])
-def test_the_ignore_value_is_that_of_classes_json(tmp_path, ignore):
+def test_the_ignore_value_comes_from_classes_json(tmp_path, ignore):
     values = mask(3, (0, 1, 2, ignore), "uint16")
     contents = {
         "a.tif": tiff(values),
@@ -131,7 +131,7 @@ def test_the_ignore_value_is_that_of_classes_json(tmp_path, ignore):
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int16"])
-def test_masks_of_two_classes_may_be_bits_or_0_and_255(tmp_path, dtype):
+def test_binary_masks_may_be_bits_or_0_and_255(tmp_path, dtype):
     values = mask(4, (0, 1))
     stored = values.astype(bool) if dtype == "bool" else (255 * values.astype(np.int16)).astype(dtype)
     contents = {"a.npy": npy(stored), "b.tif": tiff(stored)}
@@ -209,7 +209,7 @@ def test_a_mask_without_an_integer_per_pixel_is_refused_with_a_remedy(tmp_path, 
 
 
 @pytest.mark.parametrize("encode", [npy, tiff])
-def test_values_of_16_bits_that_are_no_class_are_named_and_counted(tmp_path, encode):
+def test_16_bit_values_without_a_class_are_named_and_counted(tmp_path, encode):
     values = mask(7, (0, 1, 2), "uint16")
     values[3, 5:9] = 1000
     message = refused(tmp_path, {"a.tif": encode(values), "b.tif": encode(mask(8))})
@@ -232,7 +232,7 @@ def test_damaged_and_transposed_masks_are_named(tmp_path):
     assert "differ only in the suffix; rename them: labels/train/same.npy and same.tif" in message
 
 
-def test_evaluate_reads_them_as_png(tmp_path, capsys):
+def test_evaluation_gives_the_same_figures_as_with_png_masks(tmp_path, capsys):
     from segjax.checkpoints import orbax_folder
 
     orbax_folder.save_model(tmp_path / "model", tiny_model(3, "segformer", num_classes=3), metadata={})

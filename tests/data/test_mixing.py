@@ -56,7 +56,7 @@ def taken(images, found):
 @pytest.mark.parametrize("given", [dict(cutmix=1.0), dict(classmix=1.0), dict(cutmix=0.4, classmix=0.4)])
 @pytest.mark.parametrize("ignore", [IGNORE, 2])
 @pytest.mark.parametrize("classes", [K, 1])
-def test_every_pixel_and_its_label_are_of_one_source_at_the_same_place(given, ignore, classes):
+def test_every_pixel_and_its_label_come_from_the_same_position(given, ignore, classes):
     moved = 0
     for seed in range(4):
         images, labels = draw(seed, classes=classes, ignore=ignore)
@@ -69,7 +69,7 @@ def test_every_pixel_and_its_label_are_of_one_source_at_the_same_place(given, ig
 
 
 @pytest.mark.parametrize("size", [(20, 30), (35, 15)])
-def test_cutmix_takes_a_box_of_the_aspect_ratio_whose_area_is_uniform(size):
+def test_cutmix_pastes_boxes_of_the_crops_aspect_ratio_and_uniform_area(size):
     shares, corners = [], []
     for seed in range(4):
         images, labels = draw(seed, size=size, batch=90)
@@ -88,7 +88,7 @@ def test_cutmix_takes_a_box_of_the_aspect_ratio_whose_area_is_uniform(size):
     assert abs(first - last) < 0.12 and first < 0.5
 
 
-def test_classmix_takes_all_pixels_of_half_of_the_classes_rounded_down():
+def test_classmix_pastes_half_of_the_classes_rounded_down():
     drawn = np.zeros(K)
     for seed in range(4):
         images, labels = draw(seed, batch=90)
@@ -107,7 +107,7 @@ def test_classmix_takes_all_pixels_of_half_of_the_classes_rounded_down():
 
 
 @pytest.mark.parametrize("cutmix, classmix", [(0.3, 0.0), (0.0, 0.6), (0.25, 0.5)])
-def test_samples_are_mixed_with_their_probabilities(cutmix, classmix):
+def test_samples_are_mixed_with_the_given_probabilities(cutmix, classmix):
     counts = np.zeros(2)
     for seed in range(4):
         images, labels = draw(seed, batch=160)
@@ -123,7 +123,7 @@ def test_samples_are_mixed_with_their_probabilities(cutmix, classmix):
 
 
 @pytest.mark.parametrize("kind, devices", [("jit", 2), ("jit", 4), ("pmap", 2), ("pmap", 4)])
-def test_several_devices_mix_as_one(kind, devices):
+def test_several_devices_mix_as_one_device_does(kind, devices):
     images, labels = draw(7, batch=8)
     settings = settings_of(cutmix=0.5, classmix=0.5)
     expected = mixed(images, labels, settings, seed=5)

@@ -34,7 +34,7 @@ def row_of(batches, steps):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("number, batch_size", [(12, 4), (7, 3), (5, 4), (10, 7), (3, 8)])
-def test_every_epoch_is_a_permutation_whatever_the_batch(number, batch_size, seed):
+def test_every_epoch_is_a_permutation_for_any_batch_size(number, batch_size, seed):
     epochs = 6
     steps = -(-epochs * number // batch_size)
     batches = batches_of(number, batch_size, seed=seed)
@@ -52,7 +52,7 @@ def test_the_order_differs_between_epochs_and_seeds(number):
     assert tuple(range(number)) not in orders
 
 
-def test_the_indices_follow_from_seed_and_step_alone():
+def test_the_indices_depend_only_on_seed_and_step():
     forwards, backwards = batches_of(11, 4, seed=5), batches_of(11, 4, seed=5)
     steps = range(40)
     ahead = [forwards.indices(step) for step in steps]
@@ -64,7 +64,7 @@ def test_the_indices_follow_from_seed_and_step_alone():
     np.testing.assert_array_equal(far, backwards.indices(1_000_003))
 
 
-def test_the_row_of_images_is_the_same_for_every_batch_size():
+def test_the_order_of_images_is_the_same_for_every_batch_size():
     by_two, by_five = row_of(batches_of(7, 2, seed=3), 35), row_of(batches_of(7, 5, seed=3), 14)
     np.testing.assert_array_equal(by_two, by_five)
 
@@ -92,7 +92,7 @@ def test_a_batch_holds_the_images_labels_and_sizes_of_its_indices(kind, devices)
         np.testing.assert_array_equal(flat["position"], np.arange(8))
 
 
-def test_a_batch_is_spread_over_the_devices_in_order():
+def test_a_batch_is_divided_among_the_devices_in_order():
     batch = batches_of(9, 8, devices=4).at(0)["position"]
     by_device = {shard.device.id: np.asarray(shard.data).tolist() for shard in batch.addressable_shards}
     assert [by_device[device.id] for device in jax.devices()] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused(kind):
         batches_of(9, 6, kind=kind, devices=4)
 
 
-def test_another_kind_of_parallelism_is_refused():
+def test_an_unknown_kind_of_parallelism_is_refused():
     with pytest.raises(ValueError, match="'jit' or 'pmap'; got 'vmap'"):
         parallel_for("vmap")
 
@@ -113,7 +113,7 @@ def test_another_kind_of_parallelism_is_refused():
 
 
 @pytest.mark.parametrize("number, batch_size", [(8, 4), (7, 4), (3, 5), (1, 1), (5, 1)])
-def test_evaluation_sees_every_image_once_and_fills_the_last_batch(number, batch_size):
+def test_evaluation_reads_every_image_once_and_fills_the_last_batch(number, batch_size):
     split = make_split(number)
     seen = []
     for images, labels, numbers in evaluation_batches(split, batch_size=batch_size):
@@ -129,7 +129,7 @@ def test_evaluation_sees_every_image_once_and_fills_the_last_batch(number, batch
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_evaluation_sees_images_at_their_own_size_and_groups_equal_ones(batch_size):
+def test_evaluation_reads_images_unpadded_and_groups_equal_sizes(batch_size):
     sizes = [(6, 9), (4, 9), (6, 9), (6, 5), (4, 9), (6, 9), (6, 9), (6, 9)]
     split = make_split(8, sizes=sizes)
     seen, shapes = [], Counter()

@@ -103,7 +103,7 @@ def assert_same_law(ours, published):
 PUBLISHED_DRAWS = 200_000
 
 
-def test_the_comparison_of_distributions_notices_three_per_cent():
+def test_the_comparison_of_distributions_detects_three_percent():
     rng = np.random.default_rng(0)
     ours = rng.uniform(0.5, 2.0, DRAWS)
     assert_same_law(ours, rng.uniform(0.5, 2.0, PUBLISHED_DRAWS))
@@ -126,7 +126,7 @@ def test_scales_are_uniform_as_published(seed, base_size):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_discrete_scales_are_as_likely_as_in_training_of_hrnet(seed):
+def test_discrete_scales_are_as_likely_as_in_hrnets_training(seed):
     settings = settings_of(scale=(0.5, 2.1), scale_step=0.1)
     scales = drawn_crops(seed, (1000, 2000), settings).scaled[:, 1] / 2000
     published = 0.5 + np.random.default_rng(seed).integers(0, 17, PUBLISHED_DRAWS) / 10
@@ -170,7 +170,7 @@ def test_photometric_changes_are_distributed_as_published(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_brightness_without_other_changes_is_that_of_hrnet(seed):
+def test_brightness_without_other_changes_is_hrnets(seed):
     image = jnp.full((1, 1, 3), 100.0)
     change = jax.jit(jax.vmap(lambda key: augment.change_brightness(key, image, 10)))
     ours = np.asarray(change(keys_of(seed, DRAWS)))[:, 0, 0]
@@ -181,7 +181,7 @@ def test_brightness_without_other_changes_is_that_of_hrnet(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_angles_are_uniform_on_both_sides_and_follow_nothing_else(seed):
+def test_angles_are_uniform_in_both_directions_and_independent(seed):
     settings = settings_of(rotation=12.0, scale=(0.5, 2.0), flip=0.5)
     ours = drawn_crops(seed, (90, 120), settings)
     assert_same_law(np.degrees(ours.angle), np.random.default_rng(seed).uniform(-12, 12, PUBLISHED_DRAWS))
@@ -214,7 +214,7 @@ def test_a_base_size_gives_the_published_sizes(seed, base_size):
     assert ties < 1e-3 * ours.size * 40
 
 
-def test_a_base_size_that_is_the_stored_size_rounds_down():
+def test_sizes_at_a_base_size_equal_to_the_stored_size_are_rounded_down():
     for ratio in np.linspace(0.5, 2.0, 301, dtype=np.float32):
         ours = crops.scaled_size(np.array([(1024, 2048)], np.int32), ratio, (2048, 1024))
         # Published: the long edge and twice the short edge, each rounded down, the smaller of the two.
@@ -249,7 +249,7 @@ EARLIER = {
 
 
 @pytest.mark.parametrize("seed", EARLIER)
-def test_crops_without_new_settings_are_those_of_the_version_before(seed):
+def test_crops_without_new_settings_equal_those_of_an_older_version(seed):
     settings = default_config("folder").augment
     settings.crop = (48, 64)
     ours = drawn_crops(seed, (60, 97), settings, number=5)
@@ -297,7 +297,7 @@ def published_colours(image, changes):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_whole_chain_is_that_of_opencv_for_the_same_draws(seed):
+def test_the_whole_augmentation_equals_opencvs_for_the_same_draws(seed):
     size, base_size, crop, number = (75, 118), (200, 90), (64, 96), 12
     settings = settings_of(crop=crop, base_size=base_size, scale=(0.5, 2.0), flip=0.5, photometric=True)
     images, labels = pictures(seed, size, number)
@@ -326,7 +326,7 @@ def test_the_whole_chain_is_that_of_opencv_for_the_same_draws(seed):
 
 
 @pytest.mark.parametrize("size", [(48, 64), (45, 70), (36, 97)])
-def test_a_label_halfway_between_two_pixels_is_the_later_one(size):
+def test_a_label_halfway_between_two_pixels_comes_from_the_later_one(size):
     label = np.random.default_rng(0).integers(0, 200, size, dtype=np.uint8)
     image = np.zeros((*size, 3), np.uint8)
     halfway = 0
@@ -374,7 +374,7 @@ def test_quarter_turns_are_clockwise_and_exact(quarters):
 
 
 @pytest.mark.parametrize("degrees, offset", [(17.0, (9, 14)), (-38.0, (0, 31)), (4.5, (21, 0))])
-def test_a_rotation_is_that_of_opencv_about_the_centre_of_the_crop(degrees, offset):
+def test_a_rotation_equals_opencvs_about_the_centre_of_the_crop(degrees, offset):
     size, crop = (73, 101), (52, 70)
     images, labels = pictures(2, size, 3)
     ours, our_labels = turned(images, labels, degrees, offset=offset, crop=crop)
@@ -447,7 +447,7 @@ def mostly_road(seed, size, share=0.8):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_crop_without_a_dominating_class_is_that_of_a_plain_loop(seed):
+def test_crops_without_a_dominating_class_equal_those_of_a_plain_loop(seed):
     size, crop = (60, 83), (20, 30)
     label = mostly_road(seed, size)
     settings = settings_of(crop=crop, scale=(0.5, 1.6), cat_max_ratio=0.75)
@@ -483,7 +483,7 @@ def test_crops_without_a_dominating_class_are_distributed_as_published(seed):
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.6, 0.9, 0.501])
-def test_a_class_dominates_above_its_ratio_of_pixels_not_ignored(ratio):
+def test_a_class_dominates_above_its_share_of_labelled_pixels(ratio):
     rng = np.random.default_rng(0)
     crop = (32, 50)
     dominated = jax.jit(
@@ -501,7 +501,7 @@ def test_a_class_dominates_above_its_ratio_of_pixels_not_ignored(ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.6, 2 / 3, 0.999, 0.55])
-def test_the_least_count_that_dominates_is_that_of_the_published_quotient(ratio):
+def test_the_smallest_dominating_count_matches_the_published_quotient(ratio):
     ratio = round(ratio, 3)
     numbers = np.unique(np.r_[np.arange(1, 400), np.random.default_rng(0).integers(1, 2**24, 2000)])
     ours = crops.dominant_count(numbers, ratio)
@@ -514,7 +514,7 @@ def test_the_least_count_that_dominates_is_that_of_the_published_quotient(ratio)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_balanced_crops_lie_around_classes_by_inverse_frequency(seed):
+def test_balanced_crops_contain_classes_by_inverse_frequency(seed):
     size, crop = (64, 90), (6, 8)
     label = np.zeros(size, np.uint8)
     label[10:30, 10:40], label[40, 50], label[55:58, 5:9], label[:, 80:] = 1, 2, 3, IGNORE
@@ -537,7 +537,7 @@ def test_balanced_crops_lie_around_classes_by_inverse_frequency(seed):
         assert len(counts) == length and counts.min() > 0.8 * counts.mean()
 
 
-def test_any_pixel_of_a_class_may_be_the_one_that_a_crop_is_placed_around():
+def test_a_balanced_crop_can_be_placed_around_any_pixel_of_a_class():
     label = np.random.default_rng(0).choice(np.array([0, 1], np.uint8), (9, 13), p=(0.9, 0.1))
     find = jax.jit(crops._nth_pixel)
     for n, pixel in enumerate(np.argwhere(label == 1)):
@@ -576,7 +576,7 @@ def test_images_of_any_number_of_channels_change_brightness_and_contrast(channel
         np.testing.assert_allclose(ours[i] * std + mean, expected, rtol=0, atol=1e-3)
 
 
-def test_channels_are_resampled_each_by_itself():
+def test_channels_are_resampled_independently():
     images, labels = pictures(0, (44, 61), 3, 5)
     settings = settings_of(scale=(0.6, 1.7), flip=0.5, rotation=10.0, cat_max_ratio=0.75)
     keys = keys_of(3, 3)

@@ -70,7 +70,7 @@ def refused(root: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("names, ignore", [(1, 255), (2, 255), (1, 2), (2, 254)])
-def test_binary_masks_of_0_and_255_become_0_and_1_and_that_is_printed(tmp_path, capsys, names, ignore):
+def test_binary_masks_of_0_and_255_become_0_and_1_with_a_message(tmp_path, capsys, names, ignore):
     root = folder(tmp_path / "x", names=names, ignore=ignore, values=[(0, 255), (0,), (0, 0, 255)])
     found = prepare(root, tmp_path)
     assert "masks of 0 and 255 are read as 0" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_binary_masks_of_0_and_255_become_0_and_1_and_that_is_printed(tmp_path, 
         assert found.pixel_counts(split) == [np.sum(np.stack(expected) == k) for k in range(2)]
 
 
-def test_binary_masks_that_use_the_ignore_value_stay_as_they_are(tmp_path, capsys):
+def test_binary_masks_that_use_the_ignore_value_stay_unchanged(tmp_path, capsys):
     found = prepare(folder(tmp_path / "x", names=2, values=[(0, 1, 255), (0, 255), (0, 1)]), tmp_path)
     assert np.unique(found.load("train").labels).tolist() == [0, 1, 255] and "0 and 255" not in capsys.readouterr().out
 
@@ -115,19 +115,19 @@ def test_mask_values_that_contradict_classes_json_are_refused(tmp_path, settings
     assert [part for part in said if part not in report] == [], report
 
 
-def test_a_class_that_classes_json_calls_absent_may_have_no_pixel(tmp_path):
+def test_a_class_listed_as_absent_may_have_no_pixels(tmp_path):
     found = prepare(folder(tmp_path / "x", values=[(0, 1, 255)] * 3, absent=["class2"]), tmp_path)
     assert found.pixel_counts("train")[2] == 0
 
 
-def test_a_class_without_a_pixel_is_no_error_where_nothing_is_ignored(tmp_path):
+def test_a_class_without_pixels_is_accepted_if_nothing_is_ignored(tmp_path):
     assert prepare(folder(tmp_path / "x", values=[(0, 1)] * 3), tmp_path).pixel_counts("train")[2] == 0
 
 
 # What lies in a folder
 
 
-def test_content_decides_what_a_file_is(tmp_path):
+def test_files_are_recognised_by_content(tmp_path):
     root = folder(tmp_path / "x")
     (root / "images/train/a.png").unlink()
     write(root / "images/train/a.jfif", saved(image(1), "JPEG"))
@@ -148,7 +148,7 @@ def test_a_gif_is_stored_as_png_and_an_animation_is_refused(tmp_path):
         prepare(root, tmp_path)
 
 
-def test_names_in_two_unicode_forms_belong_together(tmp_path, capsys):
+def test_names_in_two_unicode_forms_are_matched(tmp_path, capsys):
     root = folder(tmp_path / "x")
     for part, form in (("images", "NFD"), ("labels", "NFC")):
         (root / part / "train/a.png").rename(root / part / "train" / unicodedata.normalize(form, "é.png"))
@@ -159,7 +159,7 @@ def test_names_in_two_unicode_forms_belong_together(tmp_path, capsys):
         prepare(root, tmp_path)
 
 
-def test_what_is_skipped_is_printed(tmp_path, capsys):
+def test_skipped_files_are_printed(tmp_path, capsys):
     root = folder(tmp_path / "x")
     write(root / "images/train/.c.png", saved(image(3)))
     prepare(root, tmp_path)
@@ -172,7 +172,7 @@ PLACES = ("images/train/c.png", "labels/train/c.png", "classes.json", "images/c"
 
 # A folder in images/ is a split.
 @pytest.mark.parametrize("name, kind", sorted({*itertools.product(PLACES, KINDS)} - {("images/c", "folder")}))
-def test_what_is_no_file_is_refused_by_name_and_kind_at_once(tmp_path, name, kind):
+def test_fifos_sockets_and_devices_are_refused_by_name_and_kind_at_once(tmp_path, name, kind):
     root = folder(tmp_path / "x")
     path = root / name
     path.unlink(missing_ok=True)
@@ -197,13 +197,13 @@ def test_what_is_no_file_is_refused_by_name_and_kind_at_once(tmp_path, name, kin
 
 
 @pytest.mark.parametrize("deeper", [True, False])
-def test_a_dataset_one_folder_away_is_named(tmp_path, deeper):
+def test_a_dataset_one_folder_up_or_down_is_named(tmp_path, deeper):
     root = folder(tmp_path / "x")
     report = refused(tmp_path if deeper else root / "images", tmp_path)
     assert f"{root} has images/ and labels/; give that folder" in report
 
 
-def test_links_to_folders_are_followed_and_nested_folders_are_called_that(tmp_path):
+def test_links_to_folders_are_followed_and_nested_folders_are_refused(tmp_path):
     real, root = folder(tmp_path / "real"), tmp_path / "x"
     for part in ("images", "labels"):
         (root / part).mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_links_to_folders_are_followed_and_nested_folders_are_called_that(tmp_pa
         prepare(root, tmp_path)
 
 
-def test_links_in_circles_are_read_once_and_listed(tmp_path):
+def test_circular_links_are_followed_once_and_listed(tmp_path):
     for name in ("a/x", "b/y"):
         write(tmp_path / "images" / name)
     for link, target in (("a/up", "images"), ("b/self", "images/b"), ("b/a", "images/a")):
@@ -249,7 +249,7 @@ def jpeg_bomb() -> bytes:
 
 
 @pytest.mark.parametrize("content", [bomb(30_000, 20_000), jpeg_bomb()], ids=["PNG", "JPEG"])
-def test_size_in_the_header_is_asked_before_decoding(tmp_path, monkeypatch, content):
+def test_the_size_in_the_header_is_checked_before_decoding(tmp_path, monkeypatch, content):
     root = folder(tmp_path / "x")
     write(root / "images/train/a.png", content)
     decode = codec._decode
@@ -267,7 +267,7 @@ def in_archive(path: Path, tmp_path: Path):
         return {name: file.read() for name, file in found.items()}, dict(problems)
 
 
-def test_zip_members_larger_or_denser_than_images_are_refused_by_name(tmp_path):
+def test_zip_members_too_large_or_dense_for_images_are_refused_by_name(tmp_path):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images/a.jpg", bytes(20 << 20))
@@ -296,7 +296,7 @@ def test_a_gz_bomb_is_stopped_before_it_fills_the_disk(tmp_path):
 # Members of archives
 
 
-def test_two_zip_members_of_one_name_are_refused_and_a_tars_last_counts(tmp_path, capsys):
+def test_duplicate_zip_members_are_refused_and_the_last_of_a_tar_is_used(tmp_path, capsys):
     with pytest.warns(UserWarning), zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for content in (b"one", b"two"):
             archive.writestr("images/a.jpg", content)
@@ -320,7 +320,7 @@ UNSAFE = ["/etc/passwd", "../x.jpg", "images/../../x.jpg", "C:\\x.jpg", "images\
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_members_with_names_that_lead_elsewhere_are_refused_by_name(tmp_path, name):
+def test_archive_members_with_unsafe_paths_are_refused_by_name(tmp_path, name):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.addfile(member(name))
     files, problems = in_archive(tmp_path / "x.tar", tmp_path)
@@ -349,7 +349,7 @@ def test_links_and_devices_in_archives_are_refused_by_name(tmp_path, kind):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["x.zip", "x.tar", "x.tar.gz"])
-def test_a_damaged_archive_is_refused_in_words(tmp_path, kind, seed):
+def test_a_damaged_archive_is_refused_with_a_message(tmp_path, kind, seed):
     whole = tmp_path / kind
     if kind == "x.zip":
         with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -374,7 +374,7 @@ def test_a_damaged_archive_is_refused_in_words(tmp_path, kind, seed):
             assert str(error)
 
 
-def test_an_archive_dataset_in_a_folder_below_is_named(tmp_path):
+def test_an_archive_dataset_in_a_subfolder_is_named(tmp_path):
     (tmp_path / "inside/ADEChallengeData2016/images").mkdir(parents=True)
     with pytest.raises(builders.DataError, match=f"give {tmp_path / 'inside'}, which holds some"):
         builders.prepare("ade20k", source=tmp_path, data_dir=tmp_path / "data")
@@ -411,7 +411,7 @@ def test_an_archive_dataset_in_a_folder_below_is_named(tmp_path):
         ("dataset_info.json", lambda text: text.replace("{SPLIT}", "x{SPLIT}"), "dataset_info.json: it names the file"),
     ],
 )
-def test_a_damaged_prepared_dataset_names_file_and_key(tmp_path, name, change, said):
+def test_a_damaged_prepared_dataset_is_refused_with_file_and_key(tmp_path, name, change, said):
     path = prepare(folder(tmp_path / "x"), tmp_path).path
     text = (path / name).read_text()
     if name == "metadata.json":
@@ -424,7 +424,7 @@ def test_a_damaged_prepared_dataset_names_file_and_key(tmp_path, name, change, s
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
-def test_a_fifo_in_the_place_of_records_is_refused_at_once(tmp_path):
+def test_a_fifo_in_place_of_records_is_refused_at_once(tmp_path):
     path = prepare(folder(tmp_path / "x"), tmp_path).path
     records = next(path.glob("*train.array_record*"))
     records.unlink()

@@ -136,7 +136,7 @@ CLASS_PIXELS = np.array([60_000, 10_000, 8_000, 2_000, 300])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_streamed_batch_is_the_resident_one_bit_for_bit(case):
+def test_a_streamed_batch_equals_the_resident_one_bit_for_bit(case):
     records, settings = Noise(), CASES[case]
     split = load(records, ignore_label=255)
     augmented = jax.jit(
@@ -161,7 +161,7 @@ def test_a_streamed_batch_is_the_resident_one_bit_for_bit(case):
                 assert {0, 1, 2, 3, 4} <= set(np.unique(one[1]).tolist())
 
 
-def test_a_streamed_sum_of_splits_is_the_resident_one_bit_for_bit():
+def test_a_streamed_sum_of_splits_equals_the_resident_one_bit_for_bit():
     larger = [(height + 17, width + 8) for height, width in SIZES[:3]]
     records = JoinedRecords({"train": Noise(), "val": Noise(larger, seed=1)})
     settings, split = settings_of(crop=(24, 32)), load(records, ignore_label=255)
@@ -180,7 +180,7 @@ def test_a_streamed_sum_of_splits_is_the_resident_one_bit_for_bit():
         assert numbers == set(range(len(SIZES) + 3))
 
 
-def test_no_more_than_a_window_of_a_large_image_is_sent():
+def test_only_a_window_of_a_large_image_is_sent_to_the_device():
     with stream(Noise(), settings=CASES["windows of larger images"]) as batches:
         batch = batches.at(0)
     assert batch["image"].shape == (4, 45, 59, 3) and batch["label"].shape == (4, 45, 59)
@@ -189,7 +189,7 @@ def test_no_more_than_a_window_of_a_large_image_is_sent():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_window_holds_every_pixel_that_its_crop_is_made_of(seed):
+def test_a_window_contains_every_pixel_that_its_crop_needs(seed):
     # Drawn here, by thousands and at the ends of their ranges, where a pixel too few would be seen.
     rng = np.random.default_rng(seed)
     for _ in range(40):
@@ -218,7 +218,7 @@ def test_a_window_holds_every_pixel_that_its_crop_is_made_of(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rotation", [0.0, 25.0, 120.0])
-def test_a_window_holds_what_a_base_size_and_a_rotation_need(seed, rotation):
+def test_a_window_contains_the_pixels_for_a_base_size_and_a_rotation(seed, rotation):
     rng = np.random.default_rng(seed)
     for _ in range(6):
         crop = tuple(rng.integers(16, 300, 2).tolist())
@@ -249,7 +249,7 @@ def test_a_window_holds_what_a_base_size_and_a_rotation_need(seed, rotation):
                 assert (last < placed.origin[i] + window).all()
 
 
-def test_windows_are_whole_images_only_where_a_base_size_shrinks_images():
+def test_windows_are_whole_images_only_if_a_base_size_shrinks_images():
     settings = settings_of(crop=(512, 512), base_size=(2048, 512))
     # Images of 512 pixels at half their size need all rows; larger ones more, smaller ones fewer than they have.
     assert window_size(np.array([(512, 683)]), settings) == (512, 683)
@@ -259,7 +259,7 @@ def test_windows_are_whole_images_only_where_a_base_size_shrinks_images():
 
 
 @pytest.mark.parametrize("kind, devices", [("jit", 4), ("pmap", 4)])
-def test_a_stream_spreads_its_batches_as_the_resident_split_does(kind, devices):
+def test_a_stream_divides_batches_among_devices_as_a_resident_split_does(kind, devices):
     records, parallel = Noise(), parallel_for(kind, jax.devices()[:devices])
     split = load(records, ignore_label=255)
     with stream(records, batch_size=8, kind=kind, devices=devices) as streamed, stream(records, batch_size=8) as plain:
@@ -274,7 +274,7 @@ def test_a_stream_spreads_its_batches_as_the_resident_split_does(kind, devices):
     jax.tree.map(np.testing.assert_array_equal, host(batch), host(on_one))
 
 
-def test_a_stream_does_not_depend_on_64_bits_being_switched_on(float64):
+def test_a_stream_does_not_depend_on_jax_enable_x64(float64):
     records = Noise()
     split, settings = load(records, ignore_label=255), settings_of()
     parallel, key = JitParallel(jax.devices()[:1]), jax.random.key(0)
@@ -291,7 +291,7 @@ def test_a_stream_does_not_depend_on_64_bits_being_switched_on(float64):
 # --------------------------------------------------------------------------------------------------------------- order
 
 
-def test_steps_may_be_asked_for_in_any_order_and_a_run_may_start_anywhere():
+def test_steps_can_be_requested_in_any_order():
     with stream(Noise()) as batches:
         ahead = [host(batches.at(step)) for step in range(6)]
         for step in (3, 4, 1, 5, 5, 0):
@@ -300,7 +300,7 @@ def test_steps_may_be_asked_for_in_any_order_and_a_run_may_start_anywhere():
         jax.tree.map(np.testing.assert_array_equal, host(batches.at(4)), ahead[4])
 
 
-def test_images_are_read_before_they_are_asked_for():
+def test_images_are_read_before_they_are_requested():
     records = Noise()
     with stream(records, threads=2) as batches:
         give_up = time.monotonic() + PATIENCE
@@ -312,7 +312,7 @@ def test_images_are_read_before_they_are_asked_for():
         assert batches.waited == 0
 
 
-def test_the_time_waited_is_that_of_images_that_were_not_there_yet():
+def test_the_waiting_time_counts_only_images_that_were_not_ready():
     with stream(Noise(seconds=0.02), batch_size=5, threads=1) as batches:
         batches.at(0)
         before = batches.waited
@@ -328,7 +328,7 @@ def test_the_time_waited_is_that_of_images_that_were_not_there_yet():
         assert batches.waited - before < 0.1
 
 
-def test_decoded_images_are_kept_up_to_the_limit():
+def test_decoded_images_are_cached_up_to_the_limit():
     records = Noise()
     every_byte = sum(image.nbytes + label.nbytes for image, label in records.pairs)
     for limit, again in ((0, 7), (every_byte, 0), (every_byte - 1, 1)):
@@ -356,7 +356,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_record_that_cannot_be_used_is_named_and_nothing_hangs(fault):
+def test_an_unusable_record_is_named_and_nothing_hangs(fault):
     broken, message = FAULTS[fault]
     batches = stream(Noise(broken={3: broken}))
     with pytest.raises(RecordError, match=rf"(?s)image3\.png.*{message}"):
@@ -366,7 +366,7 @@ def test_a_record_that_cannot_be_used_is_named_and_nothing_hangs(fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_loading_and_evaluating_name_the_record_too(fault):
+def test_loading_and_evaluating_name_an_unusable_record(fault):
     broken, message = FAULTS[fault]
     records = Noise(broken={3: broken})
     for run in (
@@ -377,7 +377,7 @@ def test_loading_and_evaluating_name_the_record_too(fault):
             in_time(run)
 
 
-def test_batches_before_a_broken_record_are_given_out():
+def test_batches_before_a_broken_record_are_returned():
     records = Noise(broken={3: ValueError("no PNG")})
     with stream(records, batch_size=1) as batches:
         for step in range(7):
@@ -391,7 +391,7 @@ def test_batches_before_a_broken_record_are_given_out():
         in_time(batches.at, step + 1)
 
 
-def test_an_error_of_the_caller_ends_the_threads():
+def test_an_error_in_the_caller_ends_the_threads():
     with pytest.raises(ZeroDivisionError), stream(Noise(seconds=0.01)) as batches:
         batches.at(0)
         assert own_threads()
@@ -399,7 +399,7 @@ def test_an_error_of_the_caller_ends_the_threads():
     wait_until_no_thread_is_left()
 
 
-def test_batches_that_nobody_refers_to_end_their_threads():
+def test_unreferenced_batches_end_their_threads():
     batches = stream(Noise())
     in_time(batches.at, 0)
     assert own_threads()
@@ -408,7 +408,7 @@ def test_batches_that_nobody_refers_to_end_their_threads():
     wait_until_no_thread_is_left()
 
 
-def test_closing_twice_is_closing_once():
+def test_closing_twice_is_allowed():
     batches = stream(Noise())
     batches.close()
     batches.close()
@@ -422,7 +422,7 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused():
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
-def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
+def test_a_run_streams_splits_that_do_not_fit_with_the_same_result(tmp_path):
     rng = np.random.default_rng(0)
     for split, sizes in (("train", SIZES), ("test", SIZES[:2])):
         for part in ("images", "labels"):
@@ -475,7 +475,7 @@ def test_loading_pads_each_image_at_the_bottom_and_right():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_evaluation_of_records_is_that_of_the_split(batch_size):
+def test_evaluation_of_records_equals_that_of_the_split(batch_size):
     records = Noise()
     split = load(records, ignore_label=255)
 
@@ -494,7 +494,7 @@ def test_evaluation_of_records_is_that_of_the_split(batch_size):
         np.testing.assert_array_equal(predicted, records.pairs[number][0][..., 0] % 5)
 
 
-def test_evaluation_reads_a_few_batches_ahead_and_not_the_whole_split():
+def test_evaluation_reads_only_a_few_batches_ahead():
     records = Noise(sizes=[(8, 9)] * 400)
     batches = evaluation_batches(records, batch_size=2)
     next(batches)
@@ -507,7 +507,7 @@ def test_evaluation_reads_a_few_batches_ahead_and_not_the_whole_split():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 50])
-def test_the_parts_of_an_evaluation_are_the_whole_and_share_nothing(parts):
+def test_the_parts_of_an_evaluation_are_disjoint_and_complete(parts):
     records, seen, counts = Noise(), [], []
     for part in range(parts):
         before = len(seen)
@@ -517,7 +517,7 @@ def test_the_parts_of_an_evaluation_are_the_whole_and_share_nothing(parts):
     assert max(counts) - min(counts) <= 1
 
 
-def test_an_evaluation_that_stops_half_way_leaves_no_thread():
+def test_an_evaluation_that_stops_halfway_leaves_no_thread():
     def predict(images):
         raise ZeroDivisionError
 
@@ -526,7 +526,7 @@ def test_an_evaluation_that_stops_half_way_leaves_no_thread():
     wait_until_no_thread_is_left()
 
 
-def test_a_split_reads_as_records_without_its_padding():
+def test_a_split_is_read_as_records_without_its_padding():
     records = Noise()
     again = SplitRecords(load(records, ignore_label=255))
     assert len(again) == 7 and again.names == records.names

@@ -34,7 +34,7 @@ def agreement(a, b):
     return (a == b)[counted].mean()
 
 
-def test_a_split_holds_what_was_asked_for_in_the_documented_types():
+def test_a_split_has_the_requested_images_in_the_documented_dtypes():
     split = streets.load("val", num_images=3, size=(40, 72), seed=1)
     assert split.images.shape == (3, 40, 72, 3) and split.images.dtype == np.uint8
     assert split.labels.shape == (3, 40, 72) and split.labels.dtype == np.uint8
@@ -53,14 +53,14 @@ def test_a_scene_is_bitwise_the_same_in_another_process():
     assert there.stdout.split() == [digest(*streets.scene(3, i, (65, 97))) for i in (0, 5, 11)]
 
 
-def test_a_scene_does_not_depend_on_the_scenes_around_it():
+def test_a_scene_does_not_depend_on_the_other_scenes():
     few = streets.load("test", num_images=2, size=SIZE, seed=0)
     many = streets.load("test", num_images=5, size=SIZE, seed=0)
     np.testing.assert_array_equal(few.images, many.images[:2])
     np.testing.assert_array_equal(few.labels, many.labels[:2])
 
 
-def test_no_scene_is_in_two_splits_nor_in_two_seeds():
+def test_different_splits_and_seeds_share_no_scene():
     loads = [streets.load(split, num_images=12, size=(48, 96), seed=0) for split in streets.SPLITS]
     loads.append(streets.load("train", num_images=12, size=(48, 96), seed=1))
     images = [digest(image) for split in loads for image in split.images]
@@ -68,13 +68,13 @@ def test_no_scene_is_in_two_splits_nor_in_two_seeds():
     assert len(set(images)) == len(set(layouts)) == 48
 
 
-def test_labels_are_train_ids_and_little_is_ignored(train):
+def test_labels_are_train_ids_and_few_pixels_are_ignored(train):
     assert set(np.unique(train.labels)) == {*range(K), IGNORE}
     ignored = (train.labels == IGNORE).mean((1, 2))
     assert ignored.min() > 0.01 and ignored.max() < 0.06
 
 
-def test_every_class_is_large_in_a_fifth_of_the_scenes(train):
+def test_every_class_covers_enough_pixels_in_a_fifth_of_the_scenes(train):
     shares = np.stack([(train.labels == k).mean((1, 2)) for k in range(K)])  # (K, N)
     often = (shares >= 0.002).mean(1)  # 66 pixels: a pedestrian of 6 × 17, say, less his gaps
     rare = {specs.STREETS.class_names[k]: round(float(often[k]), 2) for k in range(K) if often[k] < 0.2}
@@ -99,7 +99,7 @@ def test_the_image_changes_where_the_label_does(train):
         assert here > 2 * np.roll(step, shift, 2)[edge].mean()
 
 
-def test_colour_alone_does_not_give_the_label(train):
+def test_the_label_does_not_follow_from_the_colour_only(train):
     colors = train.images.reshape(-1, 3).astype(np.float32)
     label = train.labels.reshape(-1)
     half = len(label) // 2
@@ -121,12 +121,12 @@ def test_an_unknown_split_is_refused_with_the_known_ones():
         streets.load("valid", num_images=1, size=SIZE, seed=0)
 
 
-def test_too_small_a_size_is_refused_with_the_smallest():
+def test_a_size_that_is_too_small_is_refused_with_the_smallest():
     with pytest.raises(ValueError, match=r"31 × 64 pixels are too few.*at least 32"):
         streets.scene(0, 0, (31, 64))
 
 
-def test_no_images_and_negative_seeds_are_refused():
+def test_zero_images_and_negative_seeds_are_refused():
     with pytest.raises(ValueError, match="num_images is 0"):
         streets.load("train", num_images=0, size=SIZE, seed=0)
     with pytest.raises(ValueError, match="seed -1 and index 0 must not be negative"):

@@ -67,13 +67,13 @@ def test_every_dataset_has_the_reader_of_its_kind():
 KINDS = ("generated", "archives", "folder")
 
 
-def test_class_weights_are_one_for_each_class_and_train_their_recipes():
+def test_class_weights_have_one_number_per_class_and_are_used_by_recipes():
     weights = {name: dataset.class_weights for name, dataset in specs.DATASETS.items() if dataset.class_weights}
     assert {name: len(numbers) for name, numbers in weights.items()} == {"cityscapes": 19}
     assert hrnet.get_config("w48_ocr,cityscapes").loss.class_weights == "cityscapes"
 
 
-def test_a_number_of_classes_is_a_guess_at_most_at_one_dataset():
+def test_a_number_of_classes_suggests_at_most_one_dataset():
     guessed = {specs.guess(number).name: number for number in range(1, 256) if specs.guess(number)}
     assert guessed == {"camvid": 11, "cityscapes": 19, "ade20k": 150, "voc": 21}
     flagged = [dataset.spec.num_classes for dataset in specs.DATASETS.values() if dataset.guessed]
@@ -98,7 +98,7 @@ def test_generated_splits_have_the_pixel_counts_of_their_generator(seed):
         assert opened.pixel_counts().tolist() == [np.sum(expected.labels == k) for k in range(19)]
 
 
-def test_a_split_is_opened_twice_with_two_numbers_of_images():
+def test_a_split_can_be_opened_twice_with_different_numbers_of_images():
     both = open_splits("streets", ("train", "train"), num_images=(3, 2), size=(40, 64), seed=1)
     assert [len(opened.data.images) for opened in both] == [3, 2]
     np.testing.assert_array_equal(both[0].data.images[:2], both[1].data.images)
@@ -123,7 +123,7 @@ def test_a_sum_of_generated_splits_has_the_number_of_images_of_each():
 @pytest.mark.parametrize(
     "split, said", [("train+train", "contains train twice"), ("+val", "lacks a name"), ("train+dev", "no split 'dev'")]
 )
-def test_a_sum_of_generated_splits_that_makes_no_sense_is_refused(split, said):
+def test_an_invalid_sum_of_generated_splits_is_refused(split, said):
     with pytest.raises(ValueError, match=said):
         open_splits("streets", [split], num_images=[1], size=(40, 64))
 
@@ -132,11 +132,11 @@ def test_a_sum_of_generated_splits_that_makes_no_sense_is_refused(split, said):
     "one, other, both",
     [("train", "val", ""), ("train+val", "val", "val"), ("a+b+c", "c + a", "a and c"), ("b", "b", "b")],
 )
-def test_splits_that_two_sums_share_are_named(one, other, both):
+def test_splits_shared_by_two_sums_are_named(one, other, both):
     assert shared_splits(one, other) == both
 
 
-def test_without_numbers_a_generator_is_asked_for_those_of_the_table(monkeypatch):
+def test_without_numbers_a_generator_uses_those_of_the_table(monkeypatch):
     asked = []
     monkeypatch.setitem(GENERATORS, "streets", lambda split, **how: asked.append((split, how)))
     open_splits("streets", ("train", "val", "test"))
@@ -255,7 +255,7 @@ def test_a_new_generated_dataset_is_opened_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("splits", [(), (("train", 2), ("val", 1))])
-def test_a_new_dataset_in_a_folder_needs_no_reader_of_its_own(splits, monkeypatch, tmp_path):
+def test_a_new_folder_dataset_needs_no_reader(splits, monkeypatch, tmp_path):
     spec = specs.DatasetSpec("toy", TOY.class_names, TOY.colors, 255, splits)
     monkeypatch.setitem(specs.DATASETS, "toy", specs.Dataset("folder", spec, evaluated_split="val"))
     for split, number in (("train", 2), ("val", 1)):
@@ -276,7 +276,7 @@ def test_a_new_dataset_in_a_folder_needs_no_reader_of_its_own(splits, monkeypatc
 # -------------------------------------------------------------------------------------------------------- public names
 
 
-def test_every_public_name_of_segjax_data_is_there():
+def test_every_public_name_of_segjax_data_exists():
     assert set(segjax.data.__all__) == {name for names in segjax.data._FILES.values() for name in names}
     for name in segjax.data.__all__:
         assert getattr(segjax.data, name) is not None
@@ -288,7 +288,7 @@ def test_every_public_name_of_segjax_data_is_there():
     "name, slow",
     [("DATASETS", ("jax", "absl", "cv2")), ("open_splits", ("tensorflow_datasets", "cv2", "grain", "flax"))],
 )
-def test_datasets_are_found_and_opened_without_importing_what_is_slow(name, slow):
+def test_datasets_are_found_and_opened_without_slow_imports(name, slow):
     # The package itself, which may import more, is replaced by an empty one with the same path.
     code = f"""if True:
         import sys, types

@@ -49,7 +49,7 @@ COMPRESSIONS = (None, "lzw", "deflate", "packbits", "zstd", "lzma")
 
 
 @pytest.mark.parametrize(("compression", "depth"), [*itertools.product(COMPRESSIONS, (8, 16)), ("webp", 8)])
-def test_every_layout_of_the_same_pixels_is_the_same_image(compression, depth, seen):
+def test_every_layout_of_the_same_pixels_gives_the_same_image(compression, depth, seen):
     image = scene(depth, HEIGHT, WIDTH)
     # Smooth, and every band another; with 16 bits the lower byte counts only in rounding.
     stored = image if depth == 8 else image.astype(np.uint16) * 257
@@ -78,7 +78,7 @@ def test_every_layout_of_the_same_pixels_is_the_same_image(compression, depth, s
 
 @pytest.mark.parametrize("tile", [None, (16, 32)])
 @pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
-def test_jpeg_inside_a_tiff_has_the_colours_that_pillow_gives_it(photometric, tile, seen):
+def test_jpeg_inside_a_tiff_has_the_colours_of_pillow(photometric, tile, seen):
     image = scene(3, HEIGHT, WIDTH)
     more = {"outcolorspace": "YCBCR"} if photometric == "ycbcr" else {}
     data = written(image, photometric="rgb", compression="jpeg", tile=tile, compressionargs={"level": 95} | more)
@@ -105,7 +105,7 @@ def old_jpeg(content, height, width):
 
 
 @pytest.mark.parametrize(("seed", "size"), [(0, (37, 53)), (3, (48, 32))])
-def test_jpeg_of_the_obsolete_kind_is_its_image_or_refused(seed, size, seen):
+def test_jpeg_of_the_obsolete_kind_is_decoded_or_refused(seed, size, seen):
     image, file = scene(seed, *size), io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
     content = file.getvalue()
@@ -118,7 +118,7 @@ def test_jpeg_of_the_obsolete_kind_is_its_image_or_refused(seed, size, seen):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-def test_extra_samples_are_dropped_where_the_tags_tell_them_from_colours(planar, dtype, seen):
+def test_extra_samples_that_the_tags_identify_are_dropped(planar, dtype, seen):
     image = scene(4, HEIGHT, WIDTH)
     rng = np.random.default_rng(0)
     factor = 1 if dtype == np.uint8 else 257
@@ -142,7 +142,7 @@ def test_extra_samples_are_dropped_where_the_tags_tell_them_from_colours(planar,
 
 @pytest.mark.parametrize("bands", [2, 4, 6, 12])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-def test_bands_that_the_tags_do_not_explain_are_refused_with_their_number(bands, planar, seen):
+def test_bands_that_the_tags_do_not_explain_are_refused_and_counted(bands, planar, seen):
     array = np.random.default_rng(bands).integers(0, 256, (HEIGHT, WIDTH, bands), dtype=np.uint8)
     data = written(
         np.moveaxis(array, -1, 0) if planar == "separate" else array, photometric="minisblack", planarconfig=planar
@@ -151,7 +151,7 @@ def test_bands_that_the_tags_do_not_explain_are_refused_with_their_number(bands,
         seen(data)
 
 
-def test_palettes_negatives_and_few_bits_are_read_as_what_one_sees(seen):
+def test_palettes_negatives_and_few_bits_are_read_as_displayed(seen):
     image = scene(5, HEIGHT, WIDTH)
     grey, rng = image[..., 0], np.random.default_rng(0)
     threefold = np.stack([grey] * 3, axis=-1)
@@ -176,7 +176,7 @@ def test_palettes_negatives_and_few_bits_are_read_as_what_one_sees(seen):
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "P", "1", "RGBA", "LA", "L"])
-def test_every_mode_of_pillow_is_the_image_that_pillow_shows(mode, seen):
+def test_every_mode_of_pillow_is_read_as_pillow_displays_it(mode, seen):
     image = Image.fromarray(scene(6, HEIGHT, WIDTH)).convert(mode)
     np.testing.assert_array_equal(seen(by_pillow(image)), np.asarray(image.convert("RGB")))
 
@@ -207,7 +207,7 @@ def test_the_first_of_several_pages_is_read_unless_it_is_a_preview(seen):
             np.testing.assert_array_equal(seen(file.getvalue()), first)
 
 
-def test_colours_that_are_none_of_rgb_are_refused_by_name(seen):
+def test_colour_spaces_other_than_rgb_are_refused_by_name(seen):
     image = scene(1, HEIGHT, WIDTH)
     with pytest.raises(ValueError, match="colours of the kind CIELAB"):
         seen(by_pillow(Image.merge("LAB", Image.fromarray(image).split())))
@@ -230,7 +230,7 @@ def test_colours_that_are_none_of_rgb_are_refused_by_name(seen):
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_numbers_of_unknown_scale_are_refused_and_read_with_one(dtype, low, high, channels, seen):
+def test_values_without_a_known_scale_are_refused_unless_it_is_given(dtype, low, high, channels, seen):
     image = scene(2, HEIGHT, WIDTH)[..., :channels]
     stored = (image / 255.0 * (high - low) + low).astype(dtype)
     data = written(stored[..., 0] if channels == 1 else stored, photometric="minisblack" if channels == 1 else "rgb")
@@ -245,7 +245,7 @@ def test_numbers_of_unknown_scale_are_refused_and_read_with_one(dtype, low, high
 
 @pytest.mark.parametrize("compression", [None, "lzw", "deflate", "zstd", "jpeg"])
 @pytest.mark.parametrize("tile", [None, (32, 32)])
-def test_a_tiff_that_is_cut_off_is_refused_wherever_it_ends(compression, tile):
+def test_a_truncated_tiff_is_refused_wherever_it_ends(compression, tile):
     image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     data = written(image, photometric="rgb", compression=compression, tile=tile, rowsperstrip=None if tile else 16)
     assert decode_upright(data)[0].shape == (64, 80, 3)
@@ -256,7 +256,7 @@ def test_a_tiff_that_is_cut_off_is_refused_wherever_it_ends(compression, tile):
 
 @pytest.mark.parametrize("compression", ["deflate", "lzma", "jpeg"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_stream_that_can_tell_is_refused_when_damaged(compression, seed):
+def test_damage_in_a_stream_with_a_checksum_is_refused(compression, seed):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
     data = written(image, photometric="rgb", compression=compression, rowsperstrip=16)
@@ -275,7 +275,7 @@ def test_a_stream_that_can_tell_is_refused_when_damaged(compression, seed):
 
 
 @pytest.mark.parametrize("tile", [None, (16, 16)])
-def test_strips_and_tiles_that_are_missing_are_counted_and_not_made_up(tile):
+def test_missing_strips_and_tiles_are_counted_and_refused(tile):
     image = scene(0, 64, 80)
     data = bytearray(written(image, photometric="rgb", tile=tile, compression="deflate", rowsperstrip=8))
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -300,7 +300,7 @@ WHOLE = [
 @given(
     st.sampled_from(WHOLE), st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=8)), max_size=4)
 )
-def test_tags_of_any_content_raise_nothing_else_and_repeat(data, patches):
+def test_arbitrary_tags_raise_only_image_errors_and_repeatably(data, patches):
     changed = bytearray(data)
     for at, patch in patches:
         at %= len(changed)

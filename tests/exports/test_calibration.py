@@ -67,7 +67,7 @@ def crop_of(image, top, left, size):
 
 
 @pytest.mark.parametrize(("number", "first", "rest"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (11, 5, 6), (100, 32, 68)])
-def test_at_most_half_of_the_images_calibrate_and_the_others_are_measured(number, first, rest):
+def test_at_most_half_of_the_images_calibrate_and_the_rest_are_evaluated(number, first, rest):
     model = Pixels(5)
     data = calibration.open_data(loaded(model), split(model.labels, number, (8, 9)))
     assert (len(data.calibrating), len(data.measured)) == (first, rest)
@@ -77,7 +77,7 @@ def test_at_most_half_of_the_images_calibrate_and_the_others_are_measured(number
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_inputs_are_windows_of_evaluation_another_for_each_image(seed, tmp_path):
+def test_inputs_are_evaluation_windows_that_vary_between_images(seed, tmp_path):
     model, size = Pixels(5, seed), (24, 40)
     file = open_exported(write(tmp_path / "a.stablehlo", model, (1, *size, 3)))
     data = calibration.open_data(loaded(model), split(model.labels, 12, (30, 44)))
@@ -133,7 +133,7 @@ def altered(seed, error):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_figures_before_and_after_are_those_of_numpy(seed, tmp_path, stand_in, caplog):
+def test_figures_before_and_after_equal_numpys(seed, tmp_path, stand_in, caplog):
     model, other = Pixels(5, seed), altered(seed, 0.3)
     stand_in(other)
     data = split(altered(seed, 0.5).labels, 9)
@@ -169,7 +169,7 @@ def test_figures_before_and_after_are_those_of_numpy(seed, tmp_path, stand_in, c
     assert kept["classes"] == ABOUT["classes"] and segjax.open_exported(tmp_path / "a.stablehlo").model.size is None
 
 
-def test_a_loss_of_more_than_a_point_is_refused_unless_accepted(tmp_path, stand_in):
+def test_a_loss_of_more_than_one_point_of_miou_is_refused_unless_accepted(tmp_path, stand_in):
     model = Pixels(5, 1)
     data = split(model.labels, 6)
     stand_in(altered(1, 0.3))
@@ -218,7 +218,7 @@ def test_data_that_cannot_calibrate_are_refused(tmp_path):
         data.read(0)
 
 
-def test_the_protocol_is_that_of_the_run_with_the_window_of_the_file():
+def test_the_protocol_is_that_of_the_run_with_the_files_window():
     config = {"eval": {"mode": "slide", "crop": [32, 48], "stride": [16, 24], "scales": [0.5, 1.0], "flip": True}}
     run = LoadedCheckpoint(Pixels(5), SPEC, {"config": config})
     found = {size: calibration.settings_of(run, ExportFormat("onnx", size, int8=True)) for size in ((32, 48), (24, 40))}
@@ -250,7 +250,7 @@ def test_a_file_of_labels_must_be_as_large_as_the_images():
         (("a.bin",), "a.bin: the suffix selects the format: .stablehlo, .onnx, .xml, .pt2"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(arguments, words, capsys):
+def test_contradictory_options_are_refused(arguments, words, capsys):
     with pytest.raises(SystemExit):
         command.main(["model.safetensors", *arguments])
     assert words in " ".join(capsys.readouterr().err.split())

@@ -64,7 +64,7 @@ def readme_example(name):
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "segformer")) for name in FAMILIES]
 )
-def test_a_file_with_open_sizes_equals_the_model_at_another_size(family, tmp_path):
+def test_a_file_with_dynamic_sizes_equals_the_model_at_another_size(family, tmp_path):
     model, path = tiny_model(3, family), tmp_path / "a.stablehlo"
     form = ExportFormat("stablehlo", (64, 96), dynamic=True)
     stablehlo.write_stablehlo(path, model, form, {})
@@ -74,7 +74,7 @@ def test_a_file_with_open_sizes_equals_the_model_at_another_size(family, tmp_pat
     assert relative_error(program(images), theirs) < 1e-5
 
 
-def test_a_file_runs_where_there_is_no_segjax_as_the_readme_says(tmp_path, capsys, monkeypatch):
+def test_a_file_runs_without_segjax_as_documented(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export, "checked_sizes", lambda form, size_multiple: [(2, (67, 70))])
     model = tiny_model(1, num_classes=19)
@@ -98,7 +98,7 @@ def test_a_file_runs_where_there_is_no_segjax_as_the_readme_says(tmp_path, capsy
     assert (np.load("labels.npy") == np.asarray(scores).argmax(axis=-1)).mean() > 0.999
 
 
-def test_one_file_is_for_cpus_and_gpus_with_the_forms_of_each(tmp_path):
+def test_one_file_has_the_implementations_for_cpus_and_for_gpus(tmp_path):
     stablehlo.write_stablehlo(tmp_path / "a", tiny_model(0), ExportFormat("stablehlo", (32, 64)), {})
     exported = jax_export.deserialize(bytearray((tmp_path / "a").read_bytes()))
     assert exported.platforms == ("cpu", "cuda")
@@ -116,7 +116,7 @@ def lowered_for(platform):
     return jax.jit(forward).lower(jnp.zeros((1, 32, 64, 3))).as_text()
 
 
-def test_an_export_has_the_same_bytes_and_no_folders_of_this_machine(tmp_path):
+def test_an_export_is_reproducible_and_contains_no_local_paths(tmp_path):
     programs = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -128,7 +128,7 @@ def test_an_export_has_the_same_bytes_and_no_folders_of_this_machine(tmp_path):
         assert str(folder).encode() not in programs[0]
 
 
-def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
+def test_a_file_uses_the_normalisation_of_the_checkpoint(tmp_path):
     model, normalisation = tiny_model(1), {"mean": [1.5, 2.5, 3.5], "std": [10.0, 20.0, 40.0]}
     saved(tmp_path / "a", model, normalisation=normalisation)
     path, options = tmp_path / "a.stablehlo", ("--size", 32, 64, "--with-preprocessing")
@@ -143,7 +143,7 @@ def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
     assert relative_error(np.asarray(model(normalised(images))[0]), np.asarray(by_hand)) > 0.01
 
 
-def test_a_file_of_one_class_gives_its_mask(tmp_path):
+def test_a_file_with_one_class_outputs_its_mask(tmp_path):
     model = tiny_model(2, num_classes=1)
     form = ExportFormat("stablehlo", (40, 64), preprocessing=True, argmax=True)
     stablehlo.write_stablehlo(tmp_path / "a", model, form, {})
@@ -155,7 +155,7 @@ def test_a_file_of_one_class_gives_its_mask(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
-def test_weights_of_16_bits_halve_the_file_and_say_how_many_labels_stay(dtype, tmp_path, capsys):
+def test_16_bit_weights_halve_the_file_and_the_agreement_is_printed(dtype, tmp_path, capsys):
     model = tiny_model(1, dims=(32, 32, 40, 64), decoder_dim=64)
     saved(tmp_path / "a", model)
     path = tmp_path / "a.stablehlo"
@@ -168,7 +168,7 @@ def test_weights_of_16_bits_halve_the_file_and_say_how_many_labels_stay(dtype, t
     assert (tmp_path / "wide").stat().st_size - path.stat().st_size > 1.9 * weights
 
 
-def test_what_labels_mean_stands_beside_the_file(tmp_path):
+def test_class_names_and_colours_are_in_the_json_next_to_the_file(tmp_path):
     spec = specs.DatasetSpec("rooms", ("floor", "wall", "door"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), 255)
     record = dict(name=spec.name, class_names=spec.class_names, colors=spec.colors, ignore_label=255)
     saved(tmp_path / "a", tiny_model(0, num_classes=3), dataset=record)
@@ -180,7 +180,7 @@ def test_what_labels_mean_stands_beside_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_bit_that_differs_in_a_stablehlo_file_is_found_before_it_runs(seed, tmp_path):
+def test_a_flipped_bit_in_a_stablehlo_file_is_detected_before_running(seed, tmp_path):
     path = tmp_path / "a.stablehlo"
     export.export_model(tiny_model(seed), path, size=(32, 64))
     content = bytearray(path.read_bytes())
@@ -199,7 +199,7 @@ def test_a_bit_that_differs_in_a_stablehlo_file_is_found_before_it_runs(seed, tm
         segjax.open_exported(path)
 
 
-def test_metadata_of_an_earlier_file_go_and_those_of_others_stay(tmp_path):
+def test_metadata_of_an_earlier_export_are_removed_and_foreign_ones_kept(tmp_path):
     path, place = tmp_path / "a.onnx", tmp_path / "a.onnx.json"
     assert export._own_metadata(path) == []
     place.write_text('{"segjax_version": "0.1.0", "quantisation": {}}')
@@ -209,7 +209,7 @@ def test_metadata_of_an_earlier_file_go_and_those_of_others_stay(tmp_path):
         assert export._own_metadata(path) == []
 
 
-def test_the_size_is_by_default_that_of_the_checkpoint(tmp_path, capsys):
+def test_the_default_size_is_that_of_the_checkpoint(tmp_path, capsys):
     saved(tmp_path / "a", tiny_model(0), input_size=[40, 64])
     assert run(tmp_path / "a", tmp_path / "a.stablehlo") == 0
     assert "in images float32 normalised RGB (1, 40, 64, 3)" in " ".join(capsys.readouterr().out.split())
@@ -248,7 +248,7 @@ def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, capsys, monkey
         ("zuppichini", ("a.stablehlo", "--size", 64, 33), "takes multiples of 32: 64 64"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments, message, tmp_path, capsys):
+def test_impossible_exports_are_refused_before_anything_is_written(family, arguments, message, tmp_path, capsys):
     saved(tmp_path / "model", tiny_model(0, family))
     assert run(tmp_path / "model", tmp_path / arguments[0], "--format", "stablehlo", *arguments[1:]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
@@ -287,7 +287,7 @@ def test_a_size_too_large_for_memory_is_refused_before_writing(given, of, words,
         (RuntimeError("Cannot branch on h"), False, "the sizes of this model cannot be dynamic (Cannot branch on h)"),
     ],
 )
-def test_only_an_error_about_sizes_is_answered_by_other_sizes(error, is_full, words, tmp_path, capsys, monkeypatch):
+def test_other_sizes_are_suggested_only_for_errors_about_sizes(error, is_full, words, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise error
 
@@ -304,12 +304,12 @@ def test_only_an_error_about_sizes_is_answered_by_other_sizes(error, is_full, wo
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
+def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert run(tmp_path / "no", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 32, 64) == 2
     assert "there is no such file" in " ".join(capsys.readouterr().err.split())
 
 
-def test_labels_differ_only_where_classes_are_equal_up_to_rounding():
+def test_labels_may_differ_only_where_classes_are_equal_up_to_rounding():
     logits = np.zeros((1, 1, 2, 3), np.float32)
     logits[0, 0] = [[1.0, 1.0 - 1e-6, 0.0], [0.0, 2.0, 1.5]]
     form = ExportFormat("stablehlo", (1, 2), argmax=True)
@@ -324,7 +324,7 @@ def test_labels_differ_only_where_classes_are_equal_up_to_rounding():
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
-def test_a_file_takes_images_of_other_channels_in_their_own_numbers(channels, dtype, tmp_path, capsys):
+def test_a_file_takes_images_with_other_channels_and_dtypes(channels, dtype, tmp_path, capsys):
     model, rng = tiny_model(3, in_channels=channels), np.random.default_rng(channels)
     mean, std = [100.0 + number for number in range(channels)], [20.0 + number for number in range(channels)]
     saved(tmp_path / "a", model, normalisation={"mean": mean, "std": std}, image_dtype=dtype)

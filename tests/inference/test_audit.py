@@ -69,7 +69,7 @@ def expected_regions(model, opened):
 
 @pytest.mark.parametrize("seed, spec", [(0, SPEC), (1, SPEC), (2, BINARY)])
 @pytest.mark.parametrize("settings", [{"batch": 3}, {"mode": "slide", "crop": (24, 32), "batch": 2}])
-def test_regions_are_those_of_the_definition(seed, spec, settings):
+def test_regions_match_their_definition(seed, spec, settings):
     model = Pixels(spec.num_classes, seed)
     opened = split_of(seed, model, 4, (45, 281), spec)
     found, expected = segjax.audit_dataset(model, opened, **settings), expected_regions(model, opened)
@@ -85,7 +85,7 @@ def test_regions_are_those_of_the_definition(seed, spec, settings):
     assert by_place == {}
 
 
-def test_only_the_first_regions_are_kept_whatever_the_order_of_images(monkeypatch, tmp_path):
+def test_only_the_first_regions_are_kept_in_any_order_of_images(monkeypatch, tmp_path):
     model = Pixels(5, 3)
     opened = split_of(3, model, 5, (40, 60))
     everything = segjax.audit_dataset(model, opened)
@@ -105,7 +105,7 @@ def test_only_the_first_regions_are_kept_whatever_the_order_of_images(monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "regions.csv", "regions.json"]
 
 
-def test_masks_that_the_model_agrees_with_have_no_region(tmp_path, capsys):
+def test_masks_that_the_model_agrees_with_give_no_region(tmp_path, capsys):
     model = Pixels(5, 1)
     images = np.stack([scene(seed, 30, 44) for seed in range(2)])
     labels = np.stack([model.labels(image) for image in images])
@@ -124,7 +124,7 @@ def test_masks_that_the_model_agrees_with_have_no_region(tmp_path, capsys):
         (split_of(0, Pixels(5), 4, (18, 19)), {"output": __file__}, "cannot be written to"),
     ],
 )
-def test_what_cannot_be_audited_is_refused_with_the_reason(data, settings, words):
+def test_impossible_audits_are_refused_with_the_reason(data, settings, words):
     with pytest.raises(ValueError, match=words):
         segjax.audit_dataset(Pixels(5), data, **settings)
 

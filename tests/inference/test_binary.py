@@ -32,7 +32,7 @@ def picture(rng, size=SIZE):
     "settings",
     [{}, {"mode": "slide", "crop": (32, 40), "batch": 2}, {"scales": (0.75, 1.25), "flip": True}, {"flip": True}],
 )
-def test_labels_are_where_the_probability_is_above_the_threshold(seed, settings):
+def test_labels_are_one_where_the_probability_is_above_the_threshold(seed, settings):
     model, image = tiny_model(seed, num_classes=1), picture(np.random.default_rng(seed))
     probabilities = Predictor(model, **settings).probabilities(image)[..., 0]
     for share in (0.1, 0.8):
@@ -44,7 +44,7 @@ def test_labels_are_where_the_probability_is_above_the_threshold(seed, settings)
         np.testing.assert_array_equal(labels[clear], (probabilities > threshold)[clear])
 
 
-def test_a_threshold_is_refused_where_there_is_none():
+def test_a_threshold_is_refused_for_several_classes_or_out_of_range():
     with pytest.raises(ValueError, match="a threshold needs a model of one class, but this one has 5"):
         Predictor(tiny_model(0), threshold=0.3)
     for wrong in (0, 1, -0.5, float("nan")):
@@ -55,7 +55,7 @@ def test_a_threshold_is_refused_where_there_is_none():
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_figures_are_those_of_labels_above_the_threshold(seed):
+def test_figures_are_computed_from_labels_above_the_threshold(seed):
     rng = np.random.default_rng(seed)
     model = tiny_model(seed, num_classes=1)
     images = np.stack([picture(rng) for _ in range(3)])
@@ -97,7 +97,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_a_binary_model_goes_through_every_command(trained, tmp_path, capsys):
+def test_every_command_works_with_a_binary_model(trained, tmp_path, capsys):
     result = json.loads((trained / "run" / "result.json").read_text())
     assert result["classes"] == ["background", "thing"] and len(result["per_class_iou"]) == 2
     assert result["protocol"]["threshold"] == 0.4
@@ -121,7 +121,7 @@ def test_a_binary_model_goes_through_every_command(trained, tmp_path, capsys):
     assert "threshold" in capsys.readouterr().err
 
 
-def test_labels_of_an_export_have_the_threshold(trained, tmp_path):
+def test_labels_of_an_export_use_the_threshold(trained, tmp_path):
     path = tmp_path / "m.stablehlo"
     options = ["--size", "40", "56", "--with-preprocessing", "--with-argmax", "--threshold", "0.7"]
     assert export.main([str(trained / "run"), str(path), "--format", "stablehlo", *options]) == 0
@@ -138,7 +138,7 @@ def test_labels_of_an_export_have_the_threshold(trained, tmp_path):
     )
 
 
-def test_the_probability_of_a_model_of_one_class_is_its_sigmoid():
+def test_the_probability_of_a_model_with_one_class_is_its_sigmoid():
     model = tiny_model(4, num_classes=1)
     image = picture(np.random.default_rng(4))
     loaded = Predictor(model)

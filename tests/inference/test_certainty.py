@@ -75,7 +75,7 @@ def found_of(counted, truth):
 
 @pytest.mark.parametrize("classes", [5, 1])
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_what_is_counted_is_that_of_the_probabilities(name, classes):
+def test_counters_match_the_probabilities(name, classes):
     protocol, model = PROTOCOLS[name], Pixels(classes, classes)
     images = [scene(seed, *SIZE) for seed in range(protocol.images_at_a_time(2))]
     truths = truths_of(3, len(images), classes)
@@ -94,7 +94,7 @@ def test_what_is_counted_is_that_of_the_probabilities(name, classes):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
-def test_a_threshold_makes_confidence_that_of_the_class_that_is_predicted(temperature):
+def test_with_a_threshold_confidence_is_that_of_the_predicted_class(temperature):
     model, image = Pixels(1, 2), scene(5, *SIZE)
     (truth,) = truths_of(1, 1, 1)
     inference = Inference(model, Protocol(threshold=0.2, temperature=temperature))
@@ -105,7 +105,7 @@ def test_a_threshold_makes_confidence_that_of_the_class_that_is_predicted(temper
     agree(found_of(counted, truth), expected(probabilities, np.asarray(counted.labels), truth))
 
 
-def test_bands_of_rows_change_nothing(monkeypatch):
+def test_the_size_of_row_tiles_changes_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((2, 13, 9, 4)).astype(np.float32)
     labels, truth = scores.argmax(axis=-1), truths_of(0, 2, 4, (13, 9))
@@ -121,7 +121,7 @@ def test_bands_of_rows_change_nothing(monkeypatch):
         np.testing.assert_array_equal(certainty.maps(scores, labels, are_logits=True), maps)
 
 
-def test_further_temperatures_give_the_nll_of_each():
+def test_the_nll_is_counted_for_each_temperature():
     rng = np.random.default_rng(1)
     scores = (5 * rng.standard_normal((1, 8, 9, 3))).astype(np.float32)
     truth = truths_of(2, 1, 3, (8, 9))
@@ -137,7 +137,7 @@ def test_further_temperatures_give_the_nll_of_each():
 
 @pytest.mark.parametrize("are_logits", [True, False])
 @pytest.mark.parametrize("classes", [1, 2, 6])
-def test_maps_are_confidence_and_entropy_over_its_largest_value(classes, are_logits):
+def test_maps_show_confidence_and_normalised_entropy(classes, are_logits):
     rng = np.random.default_rng(classes)
     scores = (4 * rng.standard_normal((2, 11, 7, classes))).astype(np.float32)
     scores[0, 0, 0] = 0
@@ -154,7 +154,7 @@ def test_maps_are_confidence_and_entropy_over_its_largest_value(classes, are_log
 
 @pytest.mark.parametrize("classes, spec", [(5, SPEC), (1, BINARY)])
 @pytest.mark.parametrize("settings", [{"batch": 2}, {"mode": "slide", "crop": (24, 20)}, {"flip": True, "batch": 3}])
-def test_an_evaluation_has_the_calibration_of_all_its_images(classes, spec, settings):
+def test_an_evaluation_reports_the_calibration_over_all_images(classes, spec, settings):
     model, truths = Pixels(classes, 7), truths_of(9, 5, classes)
     images = np.stack([scene(seed, *SIZE) for seed in range(5)])
     split = specs.Split(images, truths, np.tile(np.int32(SIZE), (5, 1)), tuple("abcde"))

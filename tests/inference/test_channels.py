@@ -57,7 +57,7 @@ def expected_labels(of, image):
 @pytest.mark.parametrize(
     ("channels", "dtype"), [(1, "uint8"), (2, "uint16"), (4, "float32"), (13, "uint8"), (3, "uint16")]
 )
-def test_arrays_and_files_are_predicted_in_their_own_numbers(tmp_path, channels, dtype, seed):
+def test_arrays_and_files_are_predicted_in_their_stored_values(tmp_path, channels, dtype, seed):
     of, image = loaded(channels, dtype, seed), array(seed + 5, (64, 96), channels, dtype)
     predictor = segjax.Predictor(of)
     labels = predictor(image)
@@ -99,19 +99,19 @@ def test_protocols_resize_any_number_of_channels_and_keep_the_dtype():
         (np.zeros((4,), np.uint16), r"has the shape \(4,\)"),
     ],
 )
-def test_other_images_are_refused_with_what_they_have_and_what_is_wanted(image, words):
+def test_other_images_are_refused_with_found_and_expected_channels(image, words):
     with pytest.raises(ValueError, match=words):
         segjax.Predictor(loaded(4, "uint16"))(image)
 
 
-def test_values_that_are_no_numbers_are_refused():
+def test_non_finite_values_are_refused():
     image = array(1, (40, 56), 4, "float32")
     image[3, 4, 2] = np.nan
     with pytest.raises(ValueError, match="1 of 8,960, the first at row 3, column 4, channel 2"):
         segjax.Predictor(loaded(4, "float32"))(image)
 
 
-def test_a_model_of_unknown_numbers_takes_them_all():
+def test_a_model_of_unknown_image_dtype_takes_every_dtype():
     predictor = segjax.Predictor(tiny_model(0, num_classes=3, in_channels=4))
     for dtype in specs.IMAGE_DTYPES:
         assert predictor(array(1, (40, 56), 4, dtype)).shape == (40, 56)
@@ -128,7 +128,7 @@ def predict(tmp_path, capsys, *arguments):
     return status, " ".join(printed.out.split()), " ".join(printed.err.split())
 
 
-def test_the_command_predicts_bands_and_names_what_does_not_fit(tmp_path, capsys):
+def test_the_command_predicts_bands_and_names_files_that_do_not_fit(tmp_path, capsys):
     of, image = saved(tmp_path / "model", 4, "uint16"), array(3, (40, 56), 4, "uint16")
     inputs = tmp_path / "in"
     save(inputs / "a.tif", image)
@@ -148,7 +148,7 @@ def test_the_command_predicts_bands_and_names_what_does_not_fit(tmp_path, capsys
         assert overlay.shape[1] >= 56
 
 
-def test_a_model_of_rgb_refuses_files_of_other_bands(tmp_path, capsys):
+def test_an_rgb_model_refuses_files_with_other_bands(tmp_path, capsys):
     saved(tmp_path / "model", 3, "uint8")
     save(tmp_path / "in" / "a.tif", array(3, (40, 56), 4, "uint8"))
     save(tmp_path / "in" / "b.npy", array(3, (40, 56), 4, "uint8"))
@@ -185,7 +185,7 @@ def put(path, image, **profile):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(4, "uint8"), (4, "uint16"), (13, "float32"), (1, "uint16")])
-def test_scenes_of_any_bands_are_predicted_in_parts_as_as_a_whole(tmp_path, capsys, channels, dtype):
+def test_scenes_with_any_bands_are_predicted_in_parts_as_in_one_piece(tmp_path, capsys, channels, dtype):
     of, image = saved(tmp_path / "model", channels, dtype), array(3, (93, 131), channels, dtype)
     path = put(tmp_path / "a.tif", image, tiled=True, blockxsize=64, blockysize=32, compress="deflate")
     assert geotiff.kind(path, 10**6) == "scene"
@@ -206,7 +206,7 @@ def test_scenes_of_any_bands_are_predicted_in_parts_as_as_a_whole(tmp_path, caps
     assert status == 0 and (tmp_path / "out" / "overlay" / "a.jpg").exists()
 
 
-def test_pixels_without_data_are_ignored_and_their_nan_is_the_mean(tmp_path, capsys):
+def test_nodata_pixels_are_ignored_and_their_nan_becomes_the_mean(tmp_path, capsys):
     of, image = saved(tmp_path / "model", 2, "float32"), array(3, (64, 96), 2, "float32")
     image[:20, :30] = np.nan
     path = put(tmp_path / "a.tif", image, nodata=np.nan)
@@ -219,7 +219,7 @@ def test_pixels_without_data_are_ignored_and_their_nan_is_the_mean(tmp_path, cap
         np.testing.assert_array_equal(file.read(1), expected)
 
 
-def test_scenes_of_other_bands_are_refused(tmp_path, capsys):
+def test_scenes_with_other_bands_are_refused(tmp_path, capsys):
     saved(tmp_path / "model", 4, "uint16")
     put(tmp_path / "a.tif", array(3, (64, 96), 5, "uint16"))
     put(tmp_path / "b.tif", array(3, (64, 96), 4, "uint8"))
@@ -234,7 +234,7 @@ def test_scenes_of_other_bands_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("resident", [0, 1])
-def test_an_evaluation_counts_what_the_predictor_says(tmp_path, resident):
+def test_an_evaluation_counts_the_labels_of_the_predictor(tmp_path, resident):
     made = folder(tmp_path / "given", 4, "uint16")
     prepared = builders.prepare("folder", source=tmp_path / "given", data_dir=tmp_path / "data")
     (opened,) = open_prepared_splits(prepared, ["val"], resident)
@@ -251,7 +251,7 @@ def test_an_evaluation_counts_what_the_predictor_says(tmp_path, resident):
     assert json.loads((tmp_path / "report" / "results.json").read_text())["pixel_accuracy"] == found["pixel_accuracy"]
 
 
-def test_a_dataset_of_other_images_is_not_evaluated(tmp_path, capsys):
+def test_a_dataset_with_other_kinds_of_images_is_refused(tmp_path, capsys):
     folder(tmp_path / "given", 2, "uint16")
     saved(tmp_path / "model", 4, "uint16")
     status = evaluate_command.main(

@@ -44,7 +44,7 @@ def ious_of(truth, predicted, classes):
 
 @pytest.mark.parametrize("seed, spec", [(0, SPEC), (1, SPEC), (2, BINARY)])
 @pytest.mark.parametrize("settings", [{"batch": 3}, {"mode": "slide", "crop": (24, 32), "batch": 2}])
-def test_the_page_has_each_models_figures_and_the_most_differing_images(seed, spec, settings):
+def test_the_report_has_both_models_figures_and_the_most_differing_images(seed, spec, settings):
     opened, classes = split_of(seed, 13, (33, 41), spec), max(spec.num_classes, 2)
     models = [Pixels(spec.num_classes, seed + place) for place in (0, 5)]
     found = segjax.compare_models(*models, opened, **settings)
@@ -77,14 +77,14 @@ def test_the_page_has_each_models_figures_and_the_most_differing_images(seed, sp
         assert image["difference"] == pytest.approx(pair[1] - pair[0], abs=1e-12)
 
 
-def test_a_model_and_itself_do_not_differ(tmp_path):
+def test_a_model_does_not_differ_from_itself(tmp_path):
     opened = split_of(0, 4, (20, 28))
     found = segjax.compare_models(Pixels(5), Pixels(5), opened, output=tmp_path)
     assert (found["difference"], found["difference_interval"], found["differing_pixels"]) == (0, [0, 0], 0)
     assert found["images"] == [] and {entry["difference"] for entry in found["classes"]} == {0}
 
 
-def test_a_report_is_written_only_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_a_report_is_written_only_on_request(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     opened = split_of(1, 4, (20, 28))
     models = Pixels(5, 1), Pixels(5, 2)
@@ -105,7 +105,7 @@ def save(folder, names):
     return folder
 
 
-def test_models_of_other_classes_are_refused_by_the_difference(tmp_path, caplog):
+def test_models_with_different_classes_are_refused(tmp_path, caplog):
     names = list(SPEC.class_names)
     same, spelled, swapped, other = (
         save(tmp_path / name, entries)
@@ -138,13 +138,13 @@ def test_models_of_other_classes_are_refused_by_the_difference(tmp_path, caplog)
         (split_of(0, 4, (8, 9)), {"output": __file__}, "cannot be written to"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_with_the_reason(data, settings, words):
+def test_impossible_comparisons_are_refused_with_the_reason(data, settings, words):
     with pytest.raises(ValueError, match=words):
         segjax.compare_models(Pixels(5), Pixels(5, 1), data, **settings)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_an_exported_file_is_compared_as_the_model_that_it_was_made_from(seed, tmp_path):
+def test_an_exported_file_is_compared_like_its_model(seed, tmp_path):
     opened, other = split_of(seed, 5, (33, 50)), Pixels(5, seed + 7)
     path = file_of(tmp_path / "a.stablehlo", other)
     of_file = segjax.compare_models(Pixels(5, seed), path, opened, mean=MEAN, std=STD, output=tmp_path / "out")
@@ -155,7 +155,7 @@ def test_an_exported_file_is_compared_as_the_model_that_it_was_made_from(seed, t
         segjax.compare_models(path, other, opened)
 
 
-def test_the_temperature_is_that_of_both_models():
+def test_the_temperature_applies_to_both_models():
     opened, (first, second) = split_of(3, 4, (33, 50)), (Pixels(5, 3, context=True), Pixels(5, 4, context=True))
     protocol = dict(mode="slide", crop=(24, 32), scales=(0.5, 1.0), flip=True)
     found = segjax.compare_models(first, second, opened, temperature=4.0, **protocol)

@@ -27,7 +27,7 @@ def split_of(seed, model, number, size, spec):
 
 
 @pytest.mark.parametrize("seed, spec", [(0, SPEC), (1, BINARY)])
-def test_figures_are_those_of_every_corrupted_image(seed, spec, tmp_path):
+def test_figures_match_the_corrupted_images(seed, spec, tmp_path):
     model = Pixels(spec.num_classes, seed)
     opened = split_of(seed, model, 3, (24, 37), spec)
     found = segjax.evaluate_dataset(model, opened, corruptions=True, batch=2, output=tmp_path)
@@ -54,7 +54,7 @@ def test_figures_are_those_of_every_corrupted_image(seed, spec, tmp_path):
 
 
 @pytest.mark.parametrize("ended, damaged", [(8, False), (17, False), (8, True)])
-def test_kinds_and_severities_of_a_stopped_evaluation_are_kept(ended, damaged, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_keeps_finished_kinds_and_severities(ended, damaged, tmp_path, monkeypatch):
     model = Pixels(SPEC.num_classes, 2)
     opened = split_of(5, model, 3, (24, 37), SPEC)
     expected = segjax.evaluate_dataset(model, opened, corruptions=True, batch=2)
@@ -80,7 +80,7 @@ def test_kinds_and_severities_of_a_stopped_evaluation_are_kept(ended, damaged, t
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_images_that_are_not_rgb_of_8_bits_are_refused(tmp_path):
+def test_images_other_than_8_bit_rgb_are_refused(tmp_path):
     images = np.zeros((2, 8, 9, 3), np.uint16)
     split = specs.Split(images, images[..., 0].astype(np.uint8), np.full((2, 2), (8, 9), np.int32), ("a", "b"))
     opened = OpenSplit(split, SPEC, lambda: np.zeros(5, int))

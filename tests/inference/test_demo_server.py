@@ -79,7 +79,7 @@ def probabilities(image):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def test_the_page_is_served_and_may_use_nothing_from_elsewhere(server):
+def test_the_page_is_served_and_may_load_nothing_from_elsewhere(server):
     status, content, headers = ask(server, "")
     assert (status, content.decode()) == (200, PAGE) and headers.get_content_type() == "text/html"
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
@@ -108,7 +108,7 @@ def test_an_image_is_answered_with_classes_shares_and_confidences(server, seed, 
     assert 0 < answer["seconds"] < 60
 
 
-def test_compilation_is_timed_apart_and_once_for_a_size(demonstration):
+def test_compilation_is_timed_separately_and_once_for_each_size(demonstration):
     data = file_of(scene(3, 27, 39))
     assert demonstration.predict(data)["compiled_seconds"] > 0
     assert demonstration.predict(data)["compiled_seconds"] is None
@@ -116,7 +116,7 @@ def test_compilation_is_timed_apart_and_once_for_a_size(demonstration):
     assert demonstration.predict(file_of(scene(3, 29, 39)))["compiled_seconds"] is None
 
 
-def test_a_photo_is_turned_upright(server):
+def test_exif_orientation_of_a_photo_is_applied(server):
     image = scene(4, 24, 40)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -126,7 +126,7 @@ def test_a_photo_is_turned_upright(server):
     np.testing.assert_array_equal(pixels_of(answer["labels"]), np.array(SPEC.colors, np.uint8)[expected])
 
 
-def test_a_large_image_is_resized_and_with_a_sliding_window_it_is_not(demonstration, monkeypatch):
+def test_a_large_image_is_resized_unless_the_mode_is_slide(demonstration, monkeypatch):
     monkeypatch.setattr(demo_server, "LARGEST_SIDE", 32)
     image = np.kron(scene(5, 24, 32), np.ones((2, 2, 1), np.uint8))
     answer = demonstration.predict(file_of(image))
@@ -142,7 +142,7 @@ def test_a_large_image_is_resized_and_with_a_sliding_window_it_is_not(demonstrat
     assert answer["compiled_seconds"] is None
 
 
-def test_a_model_of_one_class_answers_with_background_and_class():
+def test_a_model_with_one_class_answers_with_background_and_class():
     model = Pixels(1)
     image = scene(6, 30, 44)
     answer = Demonstration(Predictor(LoadedCheckpoint(model, BINARY, {})), model).predict(file_of(image))
@@ -175,7 +175,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_image_or_too_large_is_refused_with_the_reason(name, server, demonstration, monkeypatch):
+def test_other_files_and_large_images_are_refused_with_the_reason(name, server, demonstration, monkeypatch):
     data, expected, reason = REFUSED[name]
     if expected == 413:
         monkeypatch.setattr(demonstration._predictor, "max_pixels", 4_000)
@@ -191,7 +191,7 @@ def test_too_many_bytes_are_refused_while_the_client_still_sends(server):
     assert ask(server, data=bytes(3 * most))[0] == 413
 
 
-def test_too_little_memory_is_a_refusal(server, monkeypatch):
+def test_too_little_memory_is_refused_with_status_413(server, monkeypatch):
     def mapped(*_):
         raise memory.TooLittleMemoryError("an image of 40x56 needs 9 GiB, and the device has 1 GiB")
 
@@ -200,7 +200,7 @@ def test_too_little_memory_is_a_refusal(server, monkeypatch):
     assert status == 413 and answer["error"].endswith("needs 9 GiB, and the device has 1 GiB; resize the image first")
 
 
-def test_a_bug_is_answered_and_printed(server, monkeypatch, capsys):
+def test_an_internal_error_is_answered_and_printed(server, monkeypatch, capsys):
     monkeypatch.setattr(Predictor, "mapped", lambda *_: 1 / 0)
     status, answer, _ = ask(server, data=file_of(scene(0, 40, 56)))
     assert status == 500 and "terminal" in answer["error"]
@@ -228,7 +228,7 @@ def test_other_requests_are_refused(path, method, data, headers, expected, reaso
     assert (found["Allow"] is not None) == (expected == 405)
 
 
-def test_the_page_itself_may_ask_under_either_name(server):
+def test_requests_of_the_page_are_accepted_under_either_host_name(server):
     port = server.server_address[1]
     for name in ("127.0.0.1", "localhost"):
         headers = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
@@ -258,7 +258,7 @@ def test_broken_requests_are_answered(request_, expected, server, capsys):
     assert ask(server, "")[0] == 200 and capsys.readouterr().err == ""
 
 
-def test_a_client_that_leaves_is_no_error(server, capsys):
+def test_a_client_that_disconnects_is_not_an_error(server, capsys):
     for sent in (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\nx", b"GET / HT"):
         connection = socket.create_connection(server.server_address)
         connection.sendall(sent)
@@ -268,7 +268,7 @@ def test_a_client_that_leaves_is_no_error(server, capsys):
     assert ask(server, "")[0] == 200 and capsys.readouterr().err == ""
 
 
-def test_two_requests_at_once_get_their_own_answers(server):
+def test_simultaneous_requests_get_their_own_answers(server):
     images = [scene(seed, 40, 56) for seed in range(6)]
     answers = [None] * len(images)
     start = threading.Barrier(len(images))
@@ -287,7 +287,7 @@ def test_two_requests_at_once_get_their_own_answers(server):
         np.testing.assert_array_equal(pixels_of(answer["labels"]), expected)
 
 
-def test_images_of_other_channels_are_those_that_the_model_takes():
+def test_images_must_have_the_dtype_that_the_model_takes():
     model = Pixels()
     kind = {"image_dtype": "uint16", "normalisation": {"mean": [0.0] * 3, "std": [1.0] * 3}}
     loaded = LoadedCheckpoint(model, SPEC, kind, (0.0,) * 3, (1.0,) * 3)
@@ -300,7 +300,7 @@ def test_images_of_other_channels_are_those_that_the_model_takes():
 
 
 @pytest.mark.parametrize("channels, dtype", [(13, np.uint16), (5, np.float32), (1, np.uint8)])
-def test_a_large_image_of_any_number_of_channels_is_resized(channels, dtype):
+def test_a_large_image_with_any_number_of_channels_is_resized(channels, dtype):
     model = tiny_model(channels, in_channels=channels)
     mean, std = (0.0,) * channels, (100.0,) * channels
     kind = {"channels": channels, "image_dtype": np.dtype(dtype).name, "normalisation": {"mean": mean, "std": std}}
@@ -313,14 +313,14 @@ def test_a_large_image_of_any_number_of_channels_is_resized(channels, dtype):
     np.testing.assert_array_equal(shown._fitting(image), np.stack(each, axis=-1))
 
 
-def test_a_port_that_is_taken_is_named(server):
+def test_an_occupied_port_is_named(server):
     port = server.server_address[1]
     with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is taken by another program.*--port 0"):
         Server(port)
     assert ask(server, "")[0] == 200
 
 
-def test_the_end_awaits_the_prediction_that_runs(monkeypatch):
+def test_stopping_the_server_waits_for_the_running_prediction(monkeypatch):
     running, go_on = threading.Event(), threading.Event()
     shown = Demonstration(Predictor(LoadedCheckpoint(MODEL, SPEC, {})), MODEL)
 
@@ -345,7 +345,7 @@ def test_the_end_awaits_the_prediction_that_runs(monkeypatch):
         assert answers[0][0] == 200
 
 
-def test_a_file_that_gives_only_labels_has_no_confidences(tmp_path):
+def test_a_file_that_outputs_only_labels_has_no_confidences(tmp_path):
     model = tiny_model(0, num_classes=5)
     segjax.export_model(model, tmp_path / "x.stablehlo", size=(64, 96), argmax=True)
     loaded = segjax.open_exported(tmp_path / "x.stablehlo")

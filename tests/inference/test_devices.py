@@ -15,7 +15,7 @@ SLIDE = dict(mode="slide", crop=(32, 32), stride=(20, 24))
 
 
 @pytest.mark.parametrize("seed, settings", [(0, {}), (1, SLIDE), (2, {"flip": True, "scales": (1.0, 1.5)})])
-def test_an_evaluation_on_four_devices_is_that_on_one(seed, settings):
+def test_evaluation_on_four_devices_equals_that_on_one(seed, settings):
     model, opened, protocol = tiny_model(seed), split_of(seed, 6, (40, 72)), Protocol(**settings)
     found = evaluate_dataset(model, opened, **settings)
     one = Inference(model, protocol, devices=jax.devices()[:1])

@@ -44,7 +44,7 @@ def logits_of(inference, image):
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 16, 17, 23, 40])
 @pytest.mark.parametrize("crop, stride", [(8, 5), (8, 8), (8, 1), (40, 7)])
-def test_windows_cover_everything_once_at_least_and_stay_inside(length, crop, stride):
+def test_windows_cover_every_pixel_and_stay_inside(length, crop, stride):
     starts = window_starts(length, crop, stride)
     side = min(crop, length)
     assert starts[0] == 0 and starts[-1] + side == length
@@ -71,7 +71,7 @@ def test_scores_of_overlapping_windows_are_averaged_pixel_by_pixel(size, crop, s
     assert (labels == (total / seen).argmax(axis=-1)).mean() > 0.999
 
 
-def test_one_row_of_windows_is_kept_at_a_time():
+def test_one_row_of_windows_is_kept_in_memory_at_a_time():
     inference = Inference(Blurred(2), Protocol("slide", (16, 16), (8, 16)))
     assert [tile.logits.shape for tile in inference.row_tiles(draw(1, 37, 21))] == [
         (8, 21, 2),
@@ -84,7 +84,7 @@ def test_one_row_of_windows_is_kept_at_a_time():
 @pytest.mark.parametrize(
     "width, crop, stride, widest", [(200, 16, 11, 64), (97, 16, 5, 1), (64, 16, 16, 64), (9, 9, 4, 40)]
 )
-def test_panels_cover_the_columns_once_with_every_crop_they_need(width, crop, stride, widest, monkeypatch):
+def test_panels_cover_each_column_once_and_have_every_crop_they_need(width, crop, stride, widest, monkeypatch):
     monkeypatch.setattr(sliding_window, "WIDEST", widest)
     starts, found = window_starts(width, crop, stride), sliding_window.panels(width, crop, stride)
     assert [column for panel in found for column in range(panel.left, panel.right)] == list(range(width))
@@ -98,7 +98,7 @@ def test_panels_cover_the_columns_once_with_every_crop_they_need(width, crop, st
 @pytest.mark.parametrize(
     "seed, size, crop, stride", [(0, (37, 90), (16, 12), (10, 9)), (1, (20, 71), (32, 8), (32, 3))]
 )
-def test_wide_images_are_scored_panel_by_panel_with_the_labels_of_one(seed, size, crop, stride, batch, monkeypatch):
+def test_wide_images_scored_in_panels_have_the_labels_of_a_single_panel(seed, size, crop, stride, batch, monkeypatch):
     inference, image = Inference(Blurred(3), Protocol("slide", crop, stride), batch=batch), draw(seed, *size)
     (expected,), (scores,) = inference.labels([image]), inference.probabilities([image])
     monkeypatch.setattr(sliding_window, "WIDEST", 1)
@@ -108,7 +108,7 @@ def test_wide_images_are_scored_panel_by_panel_with_the_labels_of_one(seed, size
     np.testing.assert_array_equal(inference.probabilities([image])[0], scores)
 
 
-def test_a_window_as_large_as_the_image_is_the_image():
+def test_a_window_as_large_as_the_image_equals_mode_whole():
     images = draw(2, 2, 33, 45)
     whole = Inference(Blurred(4), Protocol())
     slide = Inference(Blurred(4), Protocol("slide", (64, 64), (48, 48)))
@@ -117,7 +117,7 @@ def test_a_window_as_large_as_the_image_is_the_image():
 
 
 @pytest.mark.parametrize("num_classes", [1, 5])
-def test_probabilities_are_averaged_over_scales_and_mirror_images(num_classes):
+def test_probabilities_are_averaged_over_scales_and_flips(num_classes):
     model, images = Blurred(num_classes), draw(3, 2, 40, 52)
     scales = (0.5, 1.75)
     parts = []
@@ -139,14 +139,14 @@ def test_probabilities_are_averaged_over_scales_and_mirror_images(num_classes):
         np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-5)
 
 
-def test_a_symmetric_image_has_symmetric_labels_once_mirrored():
+def test_a_symmetric_image_has_symmetric_probabilities_with_flip():
     half = draw(4, 1, 40, 30)
     image = np.concatenate([half, half[:, :, ::-1]], axis=2)
     (probabilities,) = Inference(Blurred(3), Protocol(flip=True)).probabilities(image)
     np.testing.assert_allclose(probabilities, probabilities[:, ::-1], rtol=1e-5)
 
 
-def test_a_model_that_takes_multiples_gets_the_mean_colour_as_padding():
+def test_images_are_padded_to_multiples_with_the_mean_colour():
     image = draw(5, 37, 50)
     inference = Inference(Blurred(3, size_multiple=32), Protocol())
     given = []
@@ -158,7 +158,7 @@ def test_a_model_that_takes_multiples_gets_the_mean_colour_as_padding():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scales_keep_proportions_and_divisors_upsample(seed):
+def test_scales_keep_the_aspect_ratio_and_divisors_round_up(seed):
     rng = np.random.default_rng(seed)
     for _ in range(200):
         size, scale = rng.integers(20, 3000, 2).tolist(), rng.choice([0.5, 0.75, 1.25, 1.5, 1.75])
@@ -173,12 +173,12 @@ def test_scales_keep_proportions_and_divisors_upsample(seed):
     assert scaled(image, 1.0, 32) is image
 
 
-def test_a_scale_that_leaves_nothing_is_refused():
+def test_a_scale_that_leaves_no_pixels_is_refused():
     with pytest.raises(ValueError, match=r"an image of 4x300 has no pixels at scale 0\.1"):
         scaled_size((4, 300), 0.1)
 
 
-def test_a_protocol_that_makes_no_sense_is_refused_in_one_error():
+def test_all_problems_of_a_protocol_are_in_one_error():
     with pytest.raises(ValueError) as caught:
         Protocol("slide", (0, 3), (4, 4), scales=(0.5, -1.0), size_divisor=0)
     message = str(caught.value)
@@ -204,14 +204,14 @@ def test_a_sliding_window_steps_by_three_quarters_of_its_crop_by_default():
     assert Protocol("slide", [64, 32], scales=[1.0]) == Protocol("slide", (64, 32), (48, 24))
 
 
-def test_a_protocol_says_what_it_does():
+def test_a_protocol_describes_itself():
     assert str(Protocol()) == "whole images"
     text = str(Protocol("slide", (512, 1024), (384, 768), (0.5, 1.0), flip=True, size_divisor=32))
     assert text == "sliding window of 512x1024 every 384x768, at scales 0.5 1, and mirrored, resized to multiples of 32"
     assert Protocol().record() == {"mode": "whole", "scales": [1.0], "flip": False, "size_divisor": 1}
 
 
-def test_a_real_model_goes_through_all_of_it():
+def test_every_part_of_the_engine_works_with_a_real_model():
     model = tiny_model(0, "simple")
     images = draw(8, 2, 40, 70)
     protocol = Protocol("slide", (32, 48), (24, 40), scales=(1.0,), flip=True)
@@ -222,7 +222,7 @@ def test_a_real_model_goes_through_all_of_it():
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "slide", "crop": (16, 20)}])
-def test_an_image_too_large_once_resized_is_refused_before_that(mode, monkeypatch):
+def test_an_image_that_resizing_makes_too_large_is_refused_before_resizing(mode, monkeypatch):
     inference = Inference(Blurred(3), Protocol(scales=(1.0, 100.0), **mode))
     monkeypatch.setattr(memory, "host", lambda: 2**24)
     words = "an image of 37x50 that is resized to 3700x5000 needs 52.9 MiB, and the machine has 16.0 MiB"
@@ -231,7 +231,7 @@ def test_an_image_too_large_once_resized_is_refused_before_that(mode, monkeypatc
             refuse()
 
 
-def test_the_logits_of_a_sliding_window_over_a_resized_image_are_counted(monkeypatch):
+def test_memory_of_sliding_window_logits_of_a_resized_image_is_counted(monkeypatch):
     sizes, protocol = dict(scales=(2.0,)), dict(mode="slide", crop=(16, 20))
     # 74x100 pixels: 8 bytes for each of 3 classes.
     monkeypatch.setattr(memory, "limit", lambda *_, **__: 74 * 100 * 24 - 1)
@@ -240,7 +240,7 @@ def test_the_logits_of_a_sliding_window_over_a_resized_image_are_counted(monkeyp
         Inference(Blurred(3), Protocol(**protocol, **sizes)).labels([draw(0, 37, 50)])
 
 
-def test_an_allocation_that_opencv_refuses_is_too_little_memory(monkeypatch):
+def test_a_failed_allocation_of_opencv_is_a_memory_error(monkeypatch):
     def refuse(*_, **__):
         error = cv2.error("Insufficient memory")
         error.code = cv2.Error.StsNoMem

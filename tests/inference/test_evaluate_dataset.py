@@ -36,7 +36,7 @@ def split_of(seed, number, size):
 
 @pytest.mark.parametrize("seed, number, size", [(0, 7, (33, 50)), (3, 4, (40, 31))])
 @pytest.mark.parametrize("settings", [{}, {"batch": 3}, {"mode": "slide", "crop": (24, 32), "batch": 2}])
-def test_the_figures_are_those_of_all_pixels_counted_by_numpy(seed, number, size, settings):
+def test_the_figures_match_pixels_counted_with_numpy(seed, number, size, settings):
     model, opened = Pixels(5, seed), split_of(seed, number, size)
     found = segjax.evaluate_dataset(model, opened, **settings)
     counts = np.zeros((5, 5), np.int64)
@@ -68,7 +68,7 @@ def test_a_report_is_written_only_on_request_and_nothing_is_printed(tmp_path, mo
     assert written["segjax_version"] == segjax.__version__
 
 
-def test_what_is_evaluated_is_logged(caplog):
+def test_the_model_and_the_data_are_logged(caplog):
     with caplog.at_level(logging.INFO, "segjax"):
         segjax.evaluate_dataset(Pixels(5), split_of(1, 4, (20, 28)))
     lines = [record.getMessage() for record in caplog.records]
@@ -89,14 +89,14 @@ def test_what_is_evaluated_is_logged(caplog):
         (Pixels(5), None, {"crop": (8, 8)}, "crop needs mode 'slide'; add it"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_with_the_reason(source, data, settings, words, tmp_path, monkeypatch):
+def test_impossible_evaluations_are_refused_with_the_reason(source, data, settings, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         segjax.evaluate_dataset(source, data, **settings)
 
 
 @pytest.mark.parametrize("family", ["segformer", "ocr", "segnext"])
-def test_labels_on_four_devices_are_those_that_one_computes(family):
+def test_labels_on_four_devices_equal_those_on_one(family):
     model = tiny_model(2, family)
     images = np.random.default_rng(2).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
     functional = FunctionalModel(model)
@@ -110,7 +110,7 @@ def test_labels_on_four_devices_are_those_that_one_computes(family):
 @pytest.mark.parametrize(
     "settings", [{"parallel": "pmap"}, {"model__dtype": "bfloat16", "seed": 2}, {"eval__batch": 8}]
 )
-def test_a_run_is_evaluated_to_exactly_what_its_training_has_written(settings, tmp_path, monkeypatch):
+def test_evaluating_a_run_gives_exactly_its_recorded_result(settings, tmp_path, monkeypatch):
     runs.cheap_step(monkeypatch)
     status, _ = runs.run(runs.make_config(**settings), tmp_path / "run")
     assert status == 0
@@ -119,7 +119,7 @@ def test_a_run_is_evaluated_to_exactly_what_its_training_has_written(settings, t
         assert found[key] == recorded[key], key
 
 
-def test_a_run_whose_data_was_moved_is_evaluated_where_it_is_now(tmp_path, monkeypatch):
+def test_a_run_is_evaluated_on_its_moved_data(tmp_path, monkeypatch):
     """Source and folder that were given win over those of the run."""
     runs.cheap_step(monkeypatch)
     runs.run(runs.make_config(), tmp_path / "run")
@@ -156,7 +156,7 @@ def test_a_run_whose_data_was_moved_is_evaluated_where_it_is_now(tmp_path, monke
         ("data", None, None),
     ],
 )
-def test_a_run_whose_config_was_edited_is_refused_by_the_key(tmp_path, section, key, value):
+def test_a_run_with_an_edited_config_is_refused_with_the_key(tmp_path, section, key, value):
     config = {
         "seed": 0,
         "model": {"dtype": "float32"},
@@ -184,7 +184,7 @@ def test_a_checkpoint_without_data_in_its_config_takes_other_data(tmp_path):
         segjax.evaluate_dataset(tmp_path / "a", "streets:val")
 
 
-def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_path, caplog):
+def test_differing_class_names_are_refused_or_reported(tmp_path, caplog):
     opened, model = split_of(0, 4, (33, 40)), tiny_model(0, num_classes=5)
     names = {1: ["red thing", "green thing", "blue", "yellow", "purple"], 2: ["red thing", "green", "blue", "x", "y"]}
     for number, class_names in names.items():
@@ -197,7 +197,7 @@ def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_pat
         segjax.evaluate_dataset(tmp_path / "2", opened)
 
 
-def test_two_swapped_classes_are_other_classes_and_a_synonym_is_not():
+def test_swapped_classes_are_a_difference_and_a_synonym_is_not():
     names = [f"class {k}" for k in range(11)]
     assert are_the_same_classes(names, [*names[:9], "another", " Class 10"])
     assert not are_the_same_classes(names, [*names[:9], names[10], names[9]])
@@ -214,7 +214,7 @@ def test_two_swapped_classes_are_other_classes_and_a_synonym_is_not():
         ({"mode": "slide", "crop": (24, 32), "batch": 2}, "a batch of 2 crops of 24x32 needs"),
     ],
 )
-def test_images_too_large_for_memory_are_refused_before_any_is_evaluated(settings, words, tmp_path, monkeypatch):
+def test_images_too_large_for_memory_are_refused_before_evaluation(settings, words, tmp_path, monkeypatch):
     opened = split_of(0, 4, (41, 50))
     opened.data.sizes[:2] = 30, 20
     # Enough for the small ones: a label takes a byte, and a score four.

@@ -75,7 +75,7 @@ def file_of(
         {"takes": "BCHW", "inside": True, "gives": "labels", "last": None, "batch": 3},
     ],
 )
-def test_labels_of_a_file_in_any_layout_are_those_of_numpy(settings, seed, tmp_path):
+def test_labels_of_a_file_in_any_layout_equal_numpys(settings, seed, tmp_path):
     model = Pixels(5, seed)
     names = {"classes": list(SPEC.class_names)} if settings.get("gives") == "labels" else None
     path = file_of(tmp_path / "a.stablehlo", model, metadata=names, **settings)
@@ -88,7 +88,7 @@ def test_labels_of_a_file_in_any_layout_are_those_of_numpy(settings, seed, tmp_p
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_names_of_classes_tell_which_axis_has_the_scores(last, tmp_path):
+def test_class_names_identify_the_axis_of_the_scores(last, tmp_path):
     # For images of 20x24, scores of (5, 5, 6) may be 5 classes in maps of 5x6, or 6 classes in maps of 5x5.
     given = {"size": (20, 24), "batch": 1, "factor": 4, "last": last}
     names = {"classes": list(SPEC.class_names), "normalisation": IMAGENET}
@@ -98,7 +98,7 @@ def test_names_of_classes_tell_which_axis_has_the_scores(last, tmp_path):
 
 @pytest.mark.parametrize("gives", ["logits", "probabilities"])
 @pytest.mark.parametrize("num_classes", [1, 5])
-def test_probabilities_are_those_of_the_scores(num_classes, gives, tmp_path):
+def test_probabilities_follow_from_the_scores(num_classes, gives, tmp_path):
     model, image = Pixels(num_classes, 2), scene(4, 37, 61)
     loaded = open_exported(file_of(tmp_path / "a.stablehlo", model, gives=gives), mean=MEAN, std=STD)
     assert loaded.model.output == gives and loaded.model.spec.num_classes == num_classes
@@ -108,7 +108,7 @@ def test_probabilities_are_those_of_the_scores(num_classes, gives, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_labels_of_a_quarter_of_the_size_are_repeated(tmp_path):
+def test_labels_at_a_quarter_of_the_size_are_repeated(tmp_path):
     model, image = Pixels(5, 1), scene(0, 40, 64)
     metadata = {"classes": list(SPEC.class_names), "normalisation": IMAGENET}
     path = file_of(tmp_path / "a.stablehlo", model, gives="labels", factor=4, metadata=metadata)
@@ -116,7 +116,7 @@ def test_labels_of_a_quarter_of_the_size_are_repeated(tmp_path):
     np.testing.assert_array_equal(segjax.Predictor(path)(image), expected)
 
 
-def test_a_file_of_one_size_slides_over_larger_images_and_pads_smaller(tmp_path):
+def test_a_file_of_fixed_size_slides_over_large_images_and_pads_small_ones(tmp_path):
     model = Pixels(5, 3)
     path = file_of(tmp_path / "a.stablehlo", model, size=(32, 48), batch=1)
     loaded = open_exported(path, mean=MEAN, std=STD)
@@ -149,7 +149,7 @@ def test_the_padding_has_the_mean_colour(inside, tmp_path):
     np.testing.assert_array_equal(segjax.Predictor(path, mode="whole")(image), expected)
 
 
-def test_labels_that_a_file_gives_are_only_for_whole_images(tmp_path):
+def test_files_that_output_labels_take_only_whole_images(tmp_path):
     path = file_of(
         tmp_path / "a.stablehlo",
         Pixels(1, 0),
@@ -230,7 +230,7 @@ def numbers(value, dtype):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_known_is_refused_with_what_tells_it(make, settings, words, tmp_path):
+def test_unknown_properties_are_refused_with_the_option_that_sets_them(make, settings, words, tmp_path):
     path = tmp_path / "a.stablehlo"
     make(path)
     with pytest.raises(CheckpointError) as caught:
@@ -247,7 +247,7 @@ def test_what_cannot_be_known_is_refused_with_what_tells_it(make, settings, word
         (".tflite", "ai_edge_litert.interpreter", 'needs the package ai-edge-litert: pip install "segjax[tflite]"'),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_its_extra(suffix, module, words, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_extra(suffix, module, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "tflite_runtime", None)
     path = tmp_path / f"a{suffix}"
@@ -272,7 +272,7 @@ def test_names_and_normalisation_of_transformers_next_to_a_file_are_read(tmp_pat
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_file_has_its_models_figures_and_a_broken_one_the_difference(seed, tmp_path, caplog):
+def test_a_file_has_its_models_figures_and_a_broken_one_differs(seed, tmp_path, caplog):
     model, split = Pixels(5, seed), split_of(seed, 4, (33, 50))
     reference = LoadedCheckpoint(model, SPEC, {})
     metadata = {"classes": list(SPEC.class_names), "dataset": SPEC.name, "normalisation": IMAGENET}
@@ -298,7 +298,7 @@ def test_a_file_has_its_models_figures_and_a_broken_one_the_difference(seed, tmp
     assert broken["reference"]["difference"] == difference != 0
 
 
-def test_images_of_other_sizes_decide_between_whole_images_and_a_window(tmp_path):
+def test_a_sliding_window_is_used_unless_all_images_fit_as_a_whole(tmp_path):
     model = Pixels(5, 2)
     loaded = open_exported(file_of(tmp_path / "a.stablehlo", model, size=(33, 50), batch=1), mean=MEAN, std=STD)
     for number, (size, mode) in enumerate([((33, 50), "whole"), ((30, 41), "whole"), ((34, 50), "slide")]):
@@ -310,7 +310,7 @@ def test_images_of_other_sizes_decide_between_whole_images_and_a_window(tmp_path
         segjax.evaluate_dataset(loaded, split_of(1, 3, (34, 50)), mode="whole")
 
 
-def test_the_figure_that_an_export_recorded_is_compared(tmp_path):
+def test_the_recorded_figure_of_an_export_is_compared(tmp_path):
     split, protocol = split_of(0, 3, (20, 28)), {"mode": "whole", "scales": [1.0], "flip": False}
     metadata = {"normalisation": IMAGENET, "evaluated": {"mean_iou": 0.75, "data": "noise:", "protocol": protocol}}
     path = file_of(tmp_path / "a.stablehlo", Pixels(5), metadata=metadata)
@@ -324,7 +324,7 @@ def test_the_figure_that_an_export_recorded_is_compared(tmp_path):
     assert "reference" not in segjax.evaluate_dataset(path, split)
 
 
-def test_classes_of_another_number_are_refused(tmp_path):
+def test_another_number_of_classes_is_refused(tmp_path):
     path = file_of(tmp_path / "a.stablehlo", Pixels(4), metadata={"normalisation": IMAGENET})
     with pytest.raises(ValueError, match="the model has 4 classes, but noise has 5"):
         segjax.evaluate_dataset(path, split_of(0, 2, (20, 28)))
@@ -338,7 +338,7 @@ def test_classes_of_another_number_are_refused(tmp_path):
         segjax.Predictor(path)(scene(0, 20, 28))
 
 
-def test_a_file_of_one_class_takes_a_threshold(tmp_path):
+def test_a_file_with_one_class_takes_a_threshold(tmp_path):
     model, image = Pixels(1, 0), scene(3, 24, 40)
     loaded = open_exported(file_of(tmp_path / "a.stablehlo", model), mean=MEAN, std=STD)
     probabilities = 1 / (1 + np.exp(-model.scores(image)[..., 0]))
@@ -353,7 +353,7 @@ def call(command, *arguments):
     return command.main([str(argument) for argument in arguments])
 
 
-def test_an_exported_file_is_evaluated_and_predicted_as_its_checkpoint(tmp_path, capsys, monkeypatch):
+def test_an_exported_file_evaluates_and_predicts_like_its_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("segjax.exports.export.checked_sizes", lambda form, multiple: [(1, form.size)])
     model = tiny_model(3, num_classes=19)
@@ -392,7 +392,7 @@ def streets_split():
         (predict, ["a.pth", "x.png", "--output", "out", "--reference", "b"], "--reference is for exported files"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(command, arguments, words, capsys):
+def test_options_that_do_not_apply_are_refused(command, arguments, words, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert words in " ".join(capsys.readouterr().err.split())

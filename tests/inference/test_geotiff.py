@@ -30,7 +30,7 @@ def put(path, image, **profile):
 @pytest.mark.parametrize(
     "seed, profile", [(0, {}), (1, TILES), (2, TILES | {"interleave": "band"}), (3, {"blockysize": 5})]
 )
-def test_any_part_is_that_of_the_whole_image(seed, profile, compress, tmp_path):
+def test_any_part_equals_that_of_the_whole_image(seed, profile, compress, tmp_path):
     image = scene(seed, 93, 131)
     path = put(tmp_path / "a.tif", image, compress=compress, **profile)
     assert geotiff.kind(path, 10**6) == "scene" and geotiff.why_whole(path, scale=None, max_pixels=10**6) is None
@@ -52,7 +52,7 @@ def test_grey_is_repeated(tmp_path):
         np.testing.assert_array_equal(opened[3:20, 5:50], np.repeat(grey[3:20, 5:50], 3, axis=2))
 
 
-def test_a_layout_is_that_of_the_file_and_counts_what_is_cut_off(tmp_path):
+def test_the_layout_describes_the_file_and_counts_missing_parts(tmp_path):
     path = put(tmp_path / "a.tif", scene(0, 93, 131), compress="deflate", **TILES)
     found = tiff.layout(path)
     assert (found.size, found.colours, found.dtype, found.orientation) == ((93, 131), 3, np.uint8, 1)
@@ -66,7 +66,7 @@ def test_a_layout_is_that_of_the_file_and_counts_what_is_cut_off(tmp_path):
     assert not found.is_geotiff and (found.parts, found.largest_part) == (3, 131)
 
 
-def test_made_up_parts_of_jpeg_are_refused(tmp_path):
+def test_damaged_jpeg_tiles_are_refused(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
     path = put(
         tmp_path / "a.tif", image, photometric="YCBCR", compress="jpeg", tiled=True, blockxsize=64, blockysize=64
@@ -85,7 +85,7 @@ def test_made_up_parts_of_jpeg_are_refused(tmp_path):
             opened[64:128, 0:192]
 
 
-def test_nodata_becomes_the_ignore_label_in_its_place(tmp_path):
+def test_nodata_pixels_get_the_ignore_label(tmp_path):
     image = 1 + scene(5, 60, 80) // 2
     image[10:20, 30:70] = 0
     with geotiff.opened(put(tmp_path / "a.tif", image, nodata=0, **TILES), scale=None) as opened:
@@ -98,7 +98,7 @@ def test_nodata_becomes_the_ignore_label_in_its_place(tmp_path):
 @pytest.mark.parametrize("compress", ["none", "deflate", "jpeg"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(patches=st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
-def test_tags_of_any_content_raise_nothing_else(compress, patches, tmp_path):
+def test_arbitrary_tags_raise_only_image_errors(compress, patches, tmp_path):
     # rasterio would look into the file that it overwrites.
     (tmp_path / "a.tif").unlink(missing_ok=True)
     path = put(tmp_path / "a.tif", scene(0, 16, 21), compress=compress, nodata=7)

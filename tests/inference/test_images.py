@@ -19,7 +19,7 @@ COLOURED = {"RGB": 0, "RGBA": 0, "RGBX": 0, "CMYK": 1, "YCbCr": 2, "HSV": 4}
 
 @pytest.mark.parametrize("mode", COLOURED)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_picture_is_the_same_in_every_mode_that_keeps_colours(mode, seed):
+def test_a_picture_is_read_equally_in_every_mode_that_keeps_colours(mode, seed):
     picture = scene(seed, 21, 30)
     found = as_rgb(Image.fromarray(picture).convert(mode))
     assert found.dtype == np.uint8 and found.shape == (21, 30, 3)
@@ -47,12 +47,12 @@ def test_grey_is_repeated_and_its_alpha_dropped(seed):
     np.testing.assert_array_equal(as_rgb(with_alpha), expected)
 
 
-def test_one_bit_is_black_and_white():
+def test_one_bit_images_are_black_and_white():
     bits = np.random.default_rng(0).integers(0, 2, (9, 14)).astype(bool)
     np.testing.assert_array_equal(as_rgb(Image.fromarray(bits)), np.repeat(bits[..., None] * 255, 3, axis=2))
 
 
-def test_16_bits_are_rounded_to_8():
+def test_16_bit_images_are_rounded_to_8_bits():
     fine = np.random.default_rng(1).integers(0, 65536, (9, 14), dtype=np.uint16)
     expected = np.round(fine / 257).astype(np.uint8)
     np.testing.assert_array_equal(as_rgb(Image.fromarray(fine)), np.stack([expected] * 3, axis=-1))
@@ -68,7 +68,7 @@ def kinds(array, folder):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_16_bits_are_65535_only_if_a_hundredth_is_in_the_upper_half(channels, seed, tmp_path):
+def test_65535_is_white_only_if_one_percent_is_in_the_upper_half(channels, seed, tmp_path):
     """One rule for arrays, PNG, TIFF and PIL images."""
     rng = np.random.default_rng(seed)
     size = (20, 50, 3)[: 2 + (channels == 3)]
@@ -90,7 +90,7 @@ def test_16_bits_are_65535_only_if_a_hundredth_is_in_the_upper_half(channels, se
 
 
 @pytest.mark.parametrize("highest", [255, 1023, 4095, 5700, 10_000, 16_383, 32_767])
-def test_16_bits_that_hold_fewer_are_not_black_to_the_model(highest, tmp_path):
+def test_dark_16_bit_images_need_a_scale(highest, tmp_path):
     image = scene(highest, 20, 31)
     stored = (image / 255 * highest).astype(np.uint16)
     for given in kinds(stored, tmp_path):
@@ -99,19 +99,19 @@ def test_16_bits_that_hold_fewer_are_not_black_to_the_model(highest, tmp_path):
         assert np.abs(as_rgb(given, scale=(0, highest)).astype(int) - image).max() <= 1
 
 
-def test_black_is_black_at_any_scale(tmp_path):
+def test_black_images_need_no_scale(tmp_path):
     for given in kinds(np.zeros((9, 14), np.uint16), tmp_path):
         assert not as_rgb(given).any()
 
 
-def test_alpha_says_nothing_about_the_scale():
+def test_alpha_does_not_affect_the_scale():
     colours = np.full((9, 14, 3), 3000, np.uint16)
     with pytest.raises(ValueError, match="3000 of 65535"):
         as_rgb(np.dstack([colours, np.full((9, 14), 65535, np.uint16)]))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint32, np.int64, np.float16, np.float32, np.float64])
-def test_other_numbers_need_a_scale_and_are_cut_beyond_it(dtype):
+def test_other_dtypes_need_a_scale_and_are_clipped_to_it(dtype):
     values = np.array([[-1, 0, 1, 50, 100, 120]] * 2).astype(dtype)
     if dtype == np.uint32:
         values[:, 0] = 0
@@ -121,14 +121,14 @@ def test_other_numbers_need_a_scale_and_are_cut_beyond_it(dtype):
     np.testing.assert_array_equal(as_rgb(values, scale=(0, 100))[0, :, 1], expected)
 
 
-def test_8_bits_have_a_scale_of_their_own():
+def test_a_scale_does_not_apply_to_8_bit_images():
     image = scene(0, 9, 14)
     np.testing.assert_array_equal(as_rgb(image, scale=(0, 3000)), image)
     np.testing.assert_array_equal(as_rgb(Image.fromarray(image), scale=(0, 3000)), image)
 
 
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers_are_counted_and_refused(strange):
+def test_non_finite_values_are_counted_and_refused(strange):
     image = np.random.default_rng(0).random((9, 14, 3), np.float32)
     image[2, 3:6, 0] = strange
     with pytest.raises(ValueError, match="3 of its values are NaN or infinite"):
@@ -136,7 +136,7 @@ def test_values_that_are_no_numbers_are_counted_and_refused(strange):
 
 
 @pytest.mark.parametrize("scale", [(1, 1), (2, 1), (np.nan, 1), (0, np.inf)])
-def test_a_scale_that_is_none_is_refused_by_everything_that_takes_one(scale):
+def test_an_invalid_scale_is_refused_everywhere(scale):
     with pytest.raises(ValueError, match="scale has two numbers"):
         as_rgb(scene(0, 9, 14), scale=scale)
     with pytest.raises(ValueError, match="scale has two numbers"):
@@ -144,7 +144,7 @@ def test_a_scale_that_is_none_is_refused_by_everything_that_takes_one(scale):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_pil_modes_of_wide_numbers_need_a_scale(mode):
+def test_pil_modes_with_wide_values_need_a_scale(mode):
     image = scene(1, 9, 14)[..., 0]
     wide = Image.fromarray(image).convert(mode)
     with pytest.raises(ValueError, match="scale is not known"):
@@ -155,7 +155,7 @@ def test_pil_modes_of_wide_numbers_need_a_scale(mode):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
 )
-def test_every_mode_of_pil_is_seen_as_pil_shows_it(mode):
+def test_every_mode_of_pil_is_read_as_pil_displays_it(mode):
     image = Image.fromarray(scene(4, 21, 30))
     via = {"La": "LA", "PA": "P", "RGBa": "RGBA"}.get(mode)
     given = (image.convert(via) if via else image).convert(mode)
@@ -179,7 +179,7 @@ def test_a_predictor_applies_its_scale_and_its_limit_on_pixels(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
-def test_what_is_no_file_is_refused_by_name(tmp_path):
+def test_a_fifo_is_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError) as caught:
         as_rgb(tmp_path / "a.png")

@@ -28,7 +28,7 @@ def planned(inputs, output, folder):
     return names, {str(path.relative_to(folder)): reason for path, reason in skipped}
 
 
-def test_content_decides_whatever_the_suffix(tmp_path):
+def test_files_are_recognised_by_content_regardless_of_the_suffix(tmp_path):
     root = tmp_path / "in"
     for number, (name, kind) in enumerate(
         {
@@ -81,7 +81,7 @@ def test_content_decides_whatever_the_suffix(tmp_path):
         (b"Good morning, this is a text", False),
     ],
 )
-def test_videos_are_told_by_content_too(head, is_video, tmp_path):
+def test_videos_are_recognised_by_content(head, is_video, tmp_path):
     (tmp_path / "in").mkdir()
     put(tmp_path / "in" / "z.png")
     (tmp_path / "in" / "clip").write_bytes(head)
@@ -124,7 +124,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
         assert skipped["in/day2"] == f"the same folder as {tmp_path / 'in' / 'day1'}"
 
 
-def test_links_that_lead_nowhere_are_not_dropped(tmp_path):
+def test_broken_links_are_not_dropped(tmp_path):
     put(tmp_path / "in" / "a.png")
     for name in ("b.png", "c", "loop.jpg"):
         target = name if name == "loop.jpg" else "nowhere"
@@ -135,7 +135,7 @@ def test_links_that_lead_nowhere_are_not_dropped(tmp_path):
         planned(tmp_path / "in" / "b.png", tmp_path / "out", tmp_path)
 
 
-def test_two_names_of_one_file_are_predicted_once_and_that_is_said(tmp_path):
+def test_two_names_of_one_file_are_predicted_once_with_a_message(tmp_path):
     first = put(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.png").symlink_to(first)
     names, skipped = planned(tmp_path / "in", tmp_path / "out", tmp_path / "in")
@@ -146,7 +146,7 @@ def test_two_names_of_one_file_are_predicted_once_and_that_is_said(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs and sockets")
-def test_what_is_no_file_is_named_and_never_waited_for(tmp_path):
+def test_fifos_and_sockets_are_named_and_never_waited_for(tmp_path):
     put(tmp_path / "in" / "a.png")
     os.mkfifo(tmp_path / "in" / "b.png")
     os.mkfifo(tmp_path / "in" / "pipe")
@@ -162,7 +162,7 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path):
             planning.plan([str(given)], tmp_path / "out", ["labels"])
 
 
-def test_a_pattern_may_match_folders_and_does_not_ask_for_hidden_files(tmp_path):
+def test_a_pattern_may_match_folders_but_not_hidden_files(tmp_path):
     for name in ("in/a.png", "in/.b.png", "in/day/c.png", "in/day/deep/d.png", "in/day/e.txt"):
         put(tmp_path / name)
     (tmp_path / "in" / "day" / "e.txt").write_text("text")
@@ -179,7 +179,7 @@ def test_a_pattern_may_match_folders_and_does_not_ask_for_hidden_files(tmp_path)
         assert (names, set(skipped)) == (wanted, passed), pattern
 
 
-def test_outputs_are_not_read_and_inputs_among_them_are_named(tmp_path):
+def test_outputs_are_not_read_and_inputs_in_their_folder_are_named(tmp_path):
     put(tmp_path / "in" / "a.png")
     put(tmp_path / "in" / "out" / "labels" / "a.png")
     names, skipped = planned(tmp_path / "in", tmp_path / "in" / "out", tmp_path / "in")
@@ -189,7 +189,7 @@ def test_outputs_are_not_read_and_inputs_among_them_are_named(tmp_path):
             planned(tmp_path / "in", output, tmp_path)
 
 
-def test_files_of_one_stem_are_named_with_a_remedy_that_helps(tmp_path):
+def test_files_with_the_same_stem_are_refused_with_a_remedy(tmp_path):
     put(tmp_path / "in" / "a.jpg", "JPEG")
     put(tmp_path / "in" / "a.png", "PNG")
     with pytest.raises(ValueError, match=r"a\.jpg and .*a\.png would both be written to .*rename one of them"):
@@ -199,7 +199,7 @@ def test_files_of_one_stem_are_named_with_a_remedy_that_helps(tmp_path):
         planned([tmp_path / "in" / "a.png", tmp_path / "b" / "a.png"], tmp_path / "out", tmp_path)
 
 
-def test_a_home_of_nobody_is_refused(tmp_path):
+def test_the_home_folder_of_an_unknown_user_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"~nobody-at-all/x\.png: there is no user 'nobody-at-all'"):
         planning.plan(["~nobody-at-all/x.png"], tmp_path / "out", ["labels"])
 
@@ -210,7 +210,7 @@ def test_many_skipped_files_are_counted_and_the_first_are_named(tmp_path):
     assert said.startswith("1,234; hidden: ") and said.endswith("9.txt and 1,224 more") and len(said) < 2000
 
 
-def test_the_head_of_a_file_is_enough(tmp_path):
+def test_the_first_bytes_of_a_file_identify_an_image(tmp_path):
     file = io.BytesIO()
     Image.fromarray(scene(0, 8, 9)).save(file, "BMP")
     (tmp_path / "tiny").write_bytes(file.getvalue()[:20])

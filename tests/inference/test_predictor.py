@@ -36,7 +36,7 @@ def softmax(scores):
 
 @pytest.mark.parametrize("num_classes", [1, 5])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_labels_and_probabilities_are_those_of_the_scores(num_classes, seed):
+def test_labels_and_probabilities_follow_from_the_scores(num_classes, seed):
     model, predict = pixels(num_classes, seed)
     image = scene(seed, 37, 61)
     labels, probabilities = predict(image), predict.probabilities(image)
@@ -51,7 +51,7 @@ def test_labels_and_probabilities_are_those_of_the_scores(num_classes, seed):
     labels[0], probabilities[0] = 0, 0
 
 
-def test_a_real_model_predicts_what_its_upsampled_logits_say():
+def test_a_real_model_predicts_the_argmax_of_its_upsampled_logits():
     model = tiny_model(3)
     predict = segjax.Predictor(model)
     image = scene(3, 64, 96)
@@ -67,7 +67,7 @@ def test_a_real_model_predicts_what_its_upsampled_logits_say():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_grey_alpha_and_16_bits_are_seen_as_the_rgb_image_that_they_are(seed):
+def test_grey_alpha_and_16_bit_images_are_read_as_rgb(seed):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (9, 14, 3), dtype=np.uint8)
     alpha = rng.integers(0, 256, (9, 14, 1), dtype=np.uint8)
@@ -81,7 +81,7 @@ def test_grey_alpha_and_16_bits_are_seen_as_the_rgb_image_that_they_are(seed):
     np.testing.assert_array_equal(predict(fine), model.labels(as_rgb(fine)))
 
 
-def test_what_is_no_image_is_refused_with_everything_that_is_wrong():
+def test_an_invalid_array_is_refused_with_all_its_problems():
     _, predict = pixels()
     for wrong, words in (
         (np.zeros((8, 9, 3), np.float32), ["float32", "uint8"]),
@@ -97,7 +97,7 @@ def test_what_is_no_image_is_refused_with_everything_that_is_wrong():
 
 
 @pytest.mark.parametrize("form", ["converted", "training", "safetensors"])
-def test_a_checkpoint_is_enough(form, tmp_path):
+def test_a_predictor_can_be_made_from_any_checkpoint(form, tmp_path):
     model = tiny_model(5)
     place = tmp_path / "model"
     if form == "safetensors":
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_enough(form, tmp_path):
     )
 
 
-def test_threads_get_what_one_after_the_other_gets():
+def test_threads_get_the_same_results_as_sequential_calls():
     model, predict = pixels()
     PROGRAMS.clear()
     images = [scene(seed, *size) for seed, size in enumerate([(33, 50), (40, 31), (64, 64)] * 8)]
@@ -125,7 +125,7 @@ def test_threads_get_what_one_after_the_other_gets():
     assert sorted(PROGRAMS) == [(1, 33, 50, 3), (1, 40, 31, 3), (1, 64, 64, 3)]
 
 
-def test_one_program_is_compiled_for_each_size_or_for_each_padded_size():
+def test_one_program_is_compiled_for_each_input_size():
     sizes = [(40, 70), (47, 66), (61, 65), (64, 30)]
     for settings, programs in (
         ({}, {(1, *size, 3) for size in sizes}),
@@ -143,7 +143,7 @@ def test_one_program_is_compiled_for_each_size_or_for_each_padded_size():
 
 
 @pytest.mark.parametrize(("size", "multiple"), [((33, 50), 32), ((64, 31), 64), ((7, 9), 32), ((32, 64), 32)])
-def test_padding_to_a_multiple_mirrors_the_image_below_and_right(size, multiple):
+def test_padding_to_a_multiple_reflects_the_image_below_and_on_the_right(size, multiple):
     model, predict = pixels(context=True, pad_multiple=multiple)
     image = scene(3, *size)
 
@@ -181,7 +181,7 @@ def test_reflection_padding_keeps_most_labels_of_a_trained_model(tmp_path):
     assert agreement["ours"] > max(agreement["constant"] + 0.05, agreement["edge"] - 0.03), agreement
 
 
-def test_groups_of_any_length_share_the_program_of_a_batch():
+def test_any_number_of_images_uses_the_program_of_a_batch():
     model, predict = pixels(batch=3)
     PROGRAMS.clear()
     for number in (1, 2, 3, 4, 7):
@@ -195,7 +195,7 @@ def test_groups_of_any_length_share_the_program_of_a_batch():
 
 @pytest.mark.parametrize("num_classes", [1, 5])
 @pytest.mark.parametrize(("size", "batch"), [((70, 90), 1), ((61, 77), 3), ((30, 90), 2)])
-def test_windows_give_the_mean_of_all_scores_of_a_pixel(num_classes, size, batch):
+def test_a_sliding_window_averages_all_scores_of_a_pixel(num_classes, size, batch):
     crop, stride = (32, 40), (20, 29)
     model, predict = pixels(num_classes, 1, context=True, mode="slide", crop=crop, stride=stride, batch=batch)
     image = scene(2, *size)
@@ -233,7 +233,7 @@ def test_a_sliding_window_never_holds_the_scores_of_the_whole_image(monkeypatch)
     assert 0 < max(largest) < 100 * 50 * 5
 
 
-def test_several_scales_and_mirror_images_are_averaged():
+def test_several_scales_and_flips_are_averaged():
     model, predict = pixels(scales=(0.5, 1.0), flip=True)
     image = scene(4, 40, 56)
     half = cv2.resize(image, (28, 20), interpolation=cv2.INTER_LINEAR)
@@ -243,7 +243,7 @@ def test_several_scales_and_mirror_images_are_averaged():
     assert (predict(image) == expected.argmax(axis=-1)).mean() > 0.999
 
 
-def test_an_image_that_is_too_large_as_a_whole_is_refused_with_what_to_do(monkeypatch):
+def test_an_image_too_large_for_mode_whole_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr(predictor, "LARGEST_WHOLE", 1000)
     image = scene(0, 32, 32)
     for settings, word in (({}, "32x32 is"), ({"scales": (0.5, 2.0)}, "32x32 that is resized to 64x64 is")):
@@ -263,12 +263,12 @@ def test_an_image_that_is_too_large_as_a_whole_is_refused_with_what_to_do(monkey
         ({"scales": ()}, "scales"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings, words):
+def test_contradictory_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         pixels(**settings)
 
 
-def test_segjax_brings_the_predictor_in_when_it_is_asked_for():
+def test_segjax_imports_the_predictor_on_first_use():
     name = "segjax.inference.predictor"
     code = f"import sys, segjax; before = set(sys.modules); segjax.Predictor; print(*{{{name!r}}} & before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -284,7 +284,7 @@ def test_a_sliding_window_steps_by_three_quarters_of_the_crop_by_default():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_images_are_predicted_within_a_base_size_as_they_are_evaluated(batch):
+def test_prediction_within_a_base_size_equals_evaluation(batch):
     model = tiny_model(4)
     given = dict(base_size=(96, 64), size_divisor=32)
     predict, inference = Predictor(model, batch=batch, **given), Inference(model, Protocol(**given))
@@ -297,6 +297,6 @@ def test_images_are_predicted_within_a_base_size_as_they_are_evaluated(batch):
 
 
 @pytest.mark.parametrize("given", [{"base_size": (96, 64)}, {"size_divisor": 32}])
-def test_images_are_either_padded_or_resized_to_multiples(given):
+def test_images_are_padded_or_resized_to_multiples_but_not_both(given):
     with pytest.raises(ValueError, match="omit it, or base_size and size_divisor"):
         Predictor(tiny_model(0), pad_multiple=32, **given)

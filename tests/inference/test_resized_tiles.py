@@ -33,7 +33,7 @@ def whole(logits, size, *, flipped=False, align_corners=False):
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("num_classes, seed", [(1, 0), (7, 1)])
-def test_tiles_are_the_whole_resized_at_once(num_classes, seed, align_corners, float64):
+def test_resized_tiles_equal_the_whole_resized_at_once(num_classes, seed, align_corners, float64):
     logits = jnp.asarray(np.random.default_rng(seed).normal(0, 3, (len(SIZES), 32, 48, num_classes)))
     for flipped in (False, True):
         found = tiled(logits, SIZES, flipped=flipped, align_corners=align_corners)
@@ -55,7 +55,7 @@ def test_labels_and_probabilities_do_not_depend_on_the_size_of_tiles(seed, monke
         np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))
 
 
-def test_probabilities_are_added_to_those_before():
+def test_probabilities_are_added_to_the_previous_ones():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 3, (2, 20, 30, 4)), jnp.float32)
     sizes = [(33, 50), (20, 30)]
     for found, expected in zip(tiled(logits, sizes, total=0.25), tiled(logits, sizes), strict=True):
@@ -63,7 +63,7 @@ def test_probabilities_are_added_to_those_before():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_images_of_many_sizes_share_the_programs_of_their_input_size(flip):
+def test_images_of_many_sizes_share_the_program_of_their_input_size(flip):
     protocol = Protocol(base_size=(256, 64), size_divisor=32, flip=flip)
     # Classes of its own, so that no other test has compiled for them.
     inference = Inference(Blurred(8 + flip), protocol)
@@ -78,7 +78,7 @@ def test_images_of_many_sizes_share_the_programs_of_their_input_size(flip):
     assert resized_tiles.add_probabilities._cache_size() - before == 1 + flip
 
 
-def test_a_batch_of_several_sizes_is_labelled_as_each_image_alone():
+def test_a_batch_of_several_sizes_is_predicted_like_single_images():
     inference = Inference(Blurred(3), Protocol(base_size=(256, 64), size_divisor=32, scales=(1.0, 1.5), flip=True))
     images = [draw(seed, *size) for seed, size in enumerate([(60, 90), (30, 42), (240, 340), (64, 91)])]
     together = inference.probabilities(images)

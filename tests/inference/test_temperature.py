@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "slide", "crop": (24, 32)}, {"base_size": (56, 40), "batch": 2}])
 @pytest.mark.parametrize("classes, temperature", [(5, 2.5), (1, 0.4)])
-def test_the_fitted_temperature_is_that_of_scipy(classes, temperature, settings, monkeypatch, tmp_path):
+def test_the_fitted_temperature_equals_scipys(classes, temperature, settings, monkeypatch, tmp_path):
     model, spec = Pixels(classes, 3), SPEC if classes == 5 else BINARY
     opened = split_of(model, classes, spec, temperature=temperature)
     # A model of pixels is in no file.
@@ -86,7 +86,7 @@ def test_the_fitted_temperature_is_that_of_scipy(classes, temperature, settings,
     assert again["per_class_iou"] == found["per_class_iou"]
 
 
-def test_it_is_kept_with_the_weights_that_it_was_fitted_for(folder, tmp_path, caplog):
+def test_a_fitted_temperature_is_stored_with_its_weights(folder, tmp_path, caplog):
     model = segjax.load(folder / "5").model
     orbax_folder.save_model(tmp_path / "m", model, metadata={})
     with pytest.raises(ValueError, match="no temperature was fitted for the weights of"):
@@ -126,7 +126,7 @@ def test_it_is_kept_with_the_weights_that_it_was_fitted_for(folder, tmp_path, ca
         (None, "not JSON"),
     ],
 )
-def test_a_damaged_file_is_refused_with_what_to_do(change, words, folder, tmp_path):
+def test_a_damaged_temperature_file_is_refused_with_advice(change, words, folder, tmp_path):
     orbax_folder.save_model(tmp_path / "m", segjax.load(folder / "5").model, metadata={})
     content = {"weights_sha256": "0", "temperature": {"value": 1.5}, "format_version": 1} | (change or {})
     (tmp_path / "m" / "temperature.json").write_text("{" if change is None else json.dumps(content))
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_refused_with_what_to_do(change, words, folder, tmp_pa
     assert "temperature.json" in str(caught.value)
 
 
-def test_what_cannot_be_fitted_is_refused_before_anything_is_computed(folder, monkeypatch):
+def test_impossible_fits_are_refused_before_anything_is_computed(folder, monkeypatch):
     opened = split_of(Pixels(5), 0)
     monkeypatch.setattr(evaluation, "measure", None)
     for source in (Pixels(5), "segformer_b2.cityscapes", "hf:somebody/something"):
@@ -153,7 +153,7 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_computed(folder, mo
         Predictor(folder / "5", temperature="fited")
 
 
-def test_sums_without_a_minimum_or_without_pixels():
+def test_fits_without_a_minimum_or_without_pixels_are_handled():
     grid = np.array(temperature_scaling.GRID)
     assert temperature_scaling.fit(grid, 1) == (1 / 16, 1 / 16, 1.0, False)
     assert temperature_scaling.fit(1 / grid, 2)[0::3] == (16.0, False)
@@ -167,7 +167,7 @@ def test_sums_without_a_minimum_or_without_pixels():
 
 
 @pytest.mark.parametrize("settings", [{}, {"scales": (0.75, 1.25), "flip": True}])
-def test_probabilities_are_those_of_divided_logits(settings, folder):
+def test_probabilities_follow_from_divided_logits(settings, folder):
     image = scene(3, *SIZE)
     plain, other = (Predictor(Pixels(5, 4), temperature=t, **settings) for t in (None, 3.0))
     if not settings:
@@ -192,7 +192,7 @@ def test_an_export_divides_its_logits(folder, tmp_path, capsys):
     assert "no temperature was fitted for the weights" in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command_line_takes_a_number_or_the_word(folder, tmp_path, capsys):
+def test_the_temperature_option_takes_a_positive_number(folder, tmp_path, capsys):
     from PIL import Image
 
     Image.fromarray(scene(0, *SIZE)).save(tmp_path / "x.png")
@@ -212,7 +212,7 @@ def test_the_command_line_takes_a_number_or_the_word(folder, tmp_path, capsys):
     assert "other temperature" in " ".join(capsys.readouterr().err.split())
 
 
-def test_inspect_tells_the_temperature(folder, tmp_path, capsys):
+def test_inspect_prints_the_temperature(folder, tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "m", segjax.load(folder / "5").model, metadata={"temperature": {"value": 1.25}})
     assert inspect.main([str(tmp_path / "m")]) == 0
     assert "temperature 1.25" in " ".join(capsys.readouterr().out.split())

@@ -44,7 +44,7 @@ def results(folder):
 
 
 @pytest.mark.parametrize("seed, settings", [(0, {}), (1, {"mode": "slide", "crop": (24, 32), "flip": True})])
-def test_an_evaluation_goes_on_where_it_was_stopped(seed, settings, tmp_path, monkeypatch, caplog, at_once):
+def test_a_stopped_evaluation_continues_where_it_stopped(seed, settings, tmp_path, monkeypatch, caplog, at_once):
     model, opened = Pixels(5, seed), split_of(seed, 6, (33, 50))
     expected = evaluate_dataset.evaluate_dataset(model, opened, output=tmp_path / "whole", **settings)
     stopped_after(3, monkeypatch, model, opened, output=tmp_path / "a", **settings)

@@ -9,7 +9,7 @@ from segjax.kernels import attention
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_own_rule_gives_the_plain_output_and_gradients(seed, float64):
+def test_recomputed_attention_gives_the_plain_output_and_gradients(seed, float64):
     rng = np.random.default_rng(seed)
     query, key, value, gradient = (rng.standard_normal((2, 3, number, 8)) for number in (20, 12, 12, 20))
     outputs, gradients = [], []
@@ -26,11 +26,11 @@ def test_the_own_rule_gives_the_plain_output_and_gradients(seed, float64):
     "dtype, width, has",
     [("bfloat16", 32, True), ("float16", 64, True), ("float32", 32, False), ("bfloat16", 20, False)],
 )
-def test_cudnn_has_narrow_types_and_widths_by_eights(dtype, width, has):
+def test_cudnn_takes_16_bit_dtypes_and_widths_that_are_multiples_of_8(dtype, width, has):
     assert attention.cudnn_has(jnp.zeros((1, 1, 4, width), dtype)) == has
 
 
-def test_a_cudnn_that_does_not_run_is_logged_once_and_not_used(monkeypatch, caplog):
+def test_a_failing_cudnn_is_logged_once_and_not_used(monkeypatch, caplog):
     def refuse(*_):
         raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nand more")
 

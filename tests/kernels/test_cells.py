@@ -41,7 +41,7 @@ FACTORS = [(4, 4), (2, 3), (8, 8), (5, 2)]
 
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_normaliser_and_chosen_logit_are_those_of_upsampled_logits(factors, seed, float64):
+def test_normaliser_and_chosen_logit_equal_those_of_upsampled_logits(factors, seed, float64):
     logits, labels = made(seed, factors)
     weights = np.random.default_rng(seed + 2).standard_normal((2, *labels.shape))
 
@@ -70,7 +70,7 @@ def test_float32_stays_finite_and_close_for_large_logits():
 
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_labels_are_those_of_upsampled_logits(factors, seed, float64):
+def test_labels_equal_those_of_upsampled_logits(factors, seed, float64):
     logits, labels = made(seed, factors)
     # Equal logits, of which the first class counts.
     logits[0, 1:3, 2:5] = 1.0
@@ -83,7 +83,7 @@ def test_labels_are_those_of_upsampled_logits(factors, seed, float64):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_labels_next_to_nan_are_its_class_as_by_argmax():
+def test_labels_next_to_nan_are_the_class_of_nan_as_in_argmax():
     logits, labels = made(0, (4, 4), dtype=np.float32)
     logits[1, 2, 3, 4] = np.nan
     found = np.array(cells.labels_of(logits, labels.shape[1:]))
@@ -108,7 +108,7 @@ LOSSES = [
 @pytest.mark.parametrize("terms", LOSSES)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("align_corners, size", [(False, (20, 28)), (False, (37, 29)), (True, (20, 28))])
-def test_every_loss_is_the_same_by_the_implementations_for_a_gpu(terms, seed, align_corners, size, float64):
+def test_every_loss_is_equal_with_the_implementations_for_gpus(terms, seed, align_corners, size, float64):
     terms = dict(terms)
     weights, settings = terms.pop("class_weights", None), common.get_config("folder").loss
     settings.update(terms)
@@ -127,14 +127,14 @@ def test_every_loss_is_the_same_by_the_implementations_for_a_gpu(terms, seed, al
     np.testing.assert_allclose(of_logits, expected_of_logits, rtol=0, atol=1e-13)
 
 
-def test_what_cells_do_not_compute():
+def test_cells_do_not_apply_to_other_sizes_and_one_class():
     assert cells.applies((2, 5, 7, 3), (20, 28))
     others = [((2, 5, 7, 1), (20, 28)), ((2, 5, 7, 3), (5, 28)), ((2, 5, 7, 3), (21, 28)), ((2, 5, 7, 3), (80, 112))]
     assert not any(cells.applies(*other) for other in others)
 
 
 @pytest.mark.parametrize("num_classes", [3, 300])
-def test_predicted_labels_are_those_of_the_scores(num_classes, float64):
+def test_predicted_labels_follow_from_the_scores(num_classes, float64):
     class Model:
         align_corners, size_multiple = False, 8
 

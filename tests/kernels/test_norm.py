@@ -49,14 +49,14 @@ def made(seed, *, mean=3.0, dtype=np.float64, shape=(4, 3, 5, C)):
 
 @pytest.mark.parametrize("make", [layer_norm, batch_norm])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_outputs_gradients_and_statistics_are_those_of_the_plain_layer(make, seed, float64):
+def test_outputs_gradients_and_statistics_equal_those_of_the_plain_layer(make, seed, float64):
     given = made(seed)
     for found, expected in zip(called(make, "cuda", *given), called(make, "cpu", *given), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("make, mean", [(layer_norm, 1e4), (batch_norm, 100)])
-def test_float32_keeps_its_digits_where_the_mean_is_large(make, mean):
+def test_float32_stays_accurate_where_the_mean_is_large(make, mean):
     x, gradient, scale, bias = made(0, mean=mean, dtype=np.float32, shape=(4, 9, 7, C))
     found = called(make, "cuda", x, gradient, scale, bias)[0]
     axes = -1 if make is layer_norm else (0, 1, 2)
@@ -66,7 +66,7 @@ def test_float32_keeps_its_digits_where_the_mean_is_large(make, mean):
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-3)
 
 
-def test_a_channel_without_any_deviation_gives_its_bias():
+def test_a_constant_channel_gives_its_bias():
     x, gradient, scale, bias = made(0, dtype=np.float32)
     x[..., 2] = 5.0
     found = called(batch_norm, "cuda", x, gradient, scale, bias)
@@ -75,7 +75,7 @@ def test_a_channel_without_any_deviation_gives_its_bias():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_batch_norm_of_a_mapped_batch_is_that_of_the_whole(seed, float64):
+def test_batch_norm_of_a_mapped_batch_equals_that_of_the_whole_batch(seed, float64):
     x, gradient, scale, bias = made(seed)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     split, whole = PartitionSpec("data"), PartitionSpec()
@@ -94,7 +94,7 @@ def test_batch_norm_of_a_mapped_batch_is_that_of_the_whole(seed, float64):
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
-def test_batch_norm_exchanges_once_in_each_direction(kind):
+def test_batch_norm_communicates_once_in_each_direction(kind):
     """All sums over devices of a compiled forward and backward pass, beside those of the gradients."""
     x, gradient, scale, bias = made(0, dtype=np.float32)
     mesh = Mesh(np.array(jax.devices()), ("data",))

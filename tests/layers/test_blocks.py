@@ -106,7 +106,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_a_loop_over_blocks_equals_one_block_after_the_other(kind, execution, float64):
+def test_a_loop_over_blocks_equals_unrolled_blocks(kind, execution, float64):
     _, ((loss, aux), gradients) = results(kind, EXECUTIONS[execution])
     _, ((expected_loss, expected_aux), expected_gradients) = results(kind, layers.PLAIN)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
@@ -118,7 +118,7 @@ DRAWING = ("segformer", "zuppichini", "segnext")
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_blocks_of_the_comparison_move_statistics_and_have_gradients(kind, float64):
+def test_the_compared_blocks_update_statistics_and_have_gradients(kind, float64):
     functional, ((_, (_, moved, counters)), (gradients, of_input)) = results(kind, layers.PLAIN)
     # A layer without drop path has no stream.
     assert {int(counter) for counter in counters.values()} == ({1} if kind in DRAWING else set())
@@ -132,7 +132,7 @@ def test_the_blocks_of_the_comparison_move_statistics_and_have_gradients(kind, f
 
 
 @pytest.mark.parametrize("kind", DRAWING)
-def test_calls_in_a_row_draw_anew_and_in_a_loop_the_same(kind, float64):
+def test_draws_differ_between_calls_and_are_equal_in_every_execution(kind, float64):
     model = Row(kind)
     functional, x = FunctionalModel(model), noise(model.shape)
 
@@ -155,7 +155,7 @@ def test_calls_in_a_row_draw_anew_and_in_a_loop_the_same(kind, float64):
     "family",
     ["segformer", "segnext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simple", "zuppichini", "ocr"))],
 )
-def test_a_model_trains_the_same_as_with_recomputed_blocks(family, float64):
+def test_a_model_trains_the_same_with_recomputed_blocks(family, float64):
     functional, x = FunctionalModel(tiny_model(0, family, dtype=jnp.float64, **DEEP[family])), noise((2, 32, 64, 3))
 
     def run(execution):
@@ -202,7 +202,7 @@ def remats(found):
     return sum("checkpoint" in equation.primitive.name or "remat" in equation.primitive.name for equation in found)
 
 
-def test_equal_neighbours_become_one_loop_as_long_as_their_row():
+def test_equal_neighbours_become_one_loop_over_their_group():
     depths, scan = (4, 2, 1, 3), BlockExecution(scan_from=2)
     assert scans(traced("segformer", layers.PLAIN, depths=depths, drop_path_rate=0.3)) == []
     # The first of all drops nothing and draws nothing: another structure.
@@ -219,7 +219,7 @@ def test_equal_neighbours_become_one_loop_as_long_as_their_row():
     assert remats(traced("hrnet", EXECUTIONS["remat"], **hrnet)) == 3 + 5
 
 
-def test_blocks_loop_over_long_rows_and_over_all_when_recomputed():
+def test_long_groups_of_blocks_are_scanned_and_all_groups_with_remat():
     assert BlockExecution.of(scan_blocks=False, remat=False) == layers.PLAIN
     assert BlockExecution.of(scan_blocks=False, remat=True) == EXECUTIONS["remat"]
     assert BlockExecution.of(scan_blocks=True, remat=True) == EXECUTIONS["scan, remat"]
@@ -231,7 +231,7 @@ def test_blocks_loop_over_long_rows_and_over_all_when_recomputed():
 
 
 @pytest.mark.parametrize("family", DEEP)
-def test_the_rows_that_parameters_are_stacked_in_are_those_of_loops(family):
+def test_groups_with_stacked_parameters_are_those_of_the_loops(family):
     deep = DEEP[family] | (dict(drop_path_rate=0.0) if "drop_path_rate" in DEEP[family] else {})
     params, _ = FunctionalModel(abstract_family(family, **deep)).arrays()
     stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
@@ -239,7 +239,7 @@ def test_the_rows_that_parameters_are_stacked_in_are_those_of_loops(family):
     assert loops and {len(members) for members in stacks.members.values()} == set(loops)
 
 
-def test_a_loop_leaves_little_to_compile_of_a_deep_network():
+def test_a_loop_shortens_the_program_of_a_deep_network():
     depths = (2, 2, 24, 2)
     plain, scanned = (len(traced("segformer", way, depths=depths)) for way in (layers.PLAIN, EXECUTIONS["scan"]))
     shallow = len(traced("segformer", EXECUTIONS["scan"], depths=(2, 2, 2, 2)))
@@ -249,7 +249,7 @@ def test_a_loop_leaves_little_to_compile_of_a_deep_network():
 
 
 @pytest.mark.parametrize("family, blocks, groups", [("segformer", 10, 5), ("simple", 10, 4), ("segnext", 10, 5)])
-def test_every_block_is_computed_again_in_the_backward_pass(family, blocks, groups):
+def test_remat_recomputes_every_block_in_the_backward_pass(family, blocks, groups):
     settings = dict(depths=(4, 2, 1, 3)) | ({} if family == "simple" else dict(drop_path_rate=0.3))
     assert remats(traced(family, layers.PLAIN, **settings)) == 0
     assert remats(traced(family, EXECUTIONS["remat"], **settings)) == blocks
@@ -258,13 +258,13 @@ def test_every_block_is_computed_again_in_the_backward_pass(family, blocks, grou
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_blocks_of_every_family_run_in_every_way(family):
+def test_bfloat16_blocks_of_every_family_run_in_every_execution(family):
     for execution in EXECUTIONS.values():
         found = traced(family, execution, dtype=jnp.bfloat16, **DEEP[family])
         assert bool(scans(found)) == bool(execution.scan_from) and bool(remats(found)) == execution.remat
 
 
-def test_the_execution_is_for_training_and_part_of_the_key_of_jit():
+def test_the_execution_applies_to_training_and_is_part_of_the_jit_key():
     model = tiny_model(0, "segformer", depths=(3, 1, 1, 1), drop_path_rate=0.0)
     functional = FunctionalModel(model, execution=EXECUTIONS["scan"])
     params, batch_stats = functional.arrays()

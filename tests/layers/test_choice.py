@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 
 @pytest.mark.parametrize("context", [choice.published_implementations, lambda: choice.meant_for("cuda")])
 @pytest.mark.parametrize("family", ["segformer", "hrnet"])
-def test_a_compiled_model_is_traced_again_inside_another_context(family, context):
+def test_a_compiled_model_is_traced_again_in_another_context(family, context):
     graph, state = nnx.split(tiny_model(0, family))
     traces = []
 
@@ -36,7 +36,7 @@ def test_a_compiled_model_is_traced_again_inside_another_context(family, context
     assert fast == again and fast != other
 
 
-def test_a_context_ends_with_its_block_also_after_an_error():
+def test_a_context_ends_with_its_block_even_after_an_error():
     with pytest.raises(ZeroDivisionError), choice.meant_for("cuda"):
         assert not choice.is_fast_on_cpu()
         raise ZeroDivisionError
@@ -47,7 +47,7 @@ def test_a_context_ends_with_its_block_also_after_an_error():
         assert choice.is_fast_on_cpu() and not choice.is_published()
 
 
-def test_fast_implementations_stay_away_from_meshes_with_explicit_axes():
+def test_fast_implementations_are_not_used_on_meshes_with_explicit_axes():
     with choice.meant_for("cpu"), jax.set_mesh(jax.make_mesh((2,), ("data",))):
         assert not choice.is_fast_on_cpu()
 
@@ -76,7 +76,7 @@ def test_a_cheaper_order_runs_everywhere_except_as_published():
         assert str(negated(0.0)) == "0.0"
 
 
-def test_a_linear_layer_is_one_call_of_lax_dot_general_on_its_own_kernel(monkeypatch):
+def test_a_linear_layer_calls_lax_dot_general_once_with_its_kernel(monkeypatch):
     layer = layers.Linear(3, 5, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((2, 4, 7, 3)).astype(np.float32)
     seen, product = [], lax.dot_general
@@ -97,7 +97,7 @@ def test_a_linear_layer_is_one_call_of_lax_dot_general_on_its_own_kernel(monkeyp
     ],
     ids=["as published", "cuda", "cpu"],
 )
-def test_as_published_all_linear_layers_of_a_model_call_dot_general(context, found, monkeypatch):
+def test_published_linear_layers_all_call_dot_general(context, found, monkeypatch):
     model = nnx.eval_shape(lambda: segjax.create("segformer_b0", num_classes=5))
     assert sum(isinstance(module, layers.Linear) for _, module in nnx.iter_modules(model)) == 44
     calls, product = [], lax.dot_general

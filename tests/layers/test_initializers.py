@@ -34,7 +34,7 @@ def test_a_longer_draw_begins_with_the_values_of_a_shorter_one(kind, shape):
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_another_generator_draws_its_own_values(kind):
+def test_another_generator_draws_other_values(kind):
     key = jax.random.key(3, impl="rbg")
     shape = (9, 11)
     np.testing.assert_allclose(DRAWS[kind](key, shape, jnp.float32), PLAIN[kind](key, shape, jnp.float32), rtol=5e-7)

@@ -39,7 +39,7 @@ def slopes(function, *, of):
     return jax.grad(lambda *arguments: jnp.sum(jnp.sin(function(*arguments))), argnums=of)
 
 
-def test_what_is_compiled_apart_is_called_in_the_optimised_program():
+def test_a_separately_compiled_function_is_called_in_the_program():
     x = normal(5, 7, seed=0)
 
     def product(x):
@@ -52,7 +52,7 @@ def test_what_is_compiled_apart_is_called_in_the_optimised_program():
     np.testing.assert_allclose(compiled_apart(product)(x), product(x), rtol=1e-6)
 
 
-def test_once_is_a_call_on_the_way_there_and_on_the_way_back():
+def test_once_is_a_call_in_the_forward_and_the_backward_pass():
     x = normal(3, 4, seed=1)
     with choice.meant_for("cpu"):
         assert len(calls(read_twice(lambda x: once(x * x)), x)) == 1
@@ -70,12 +70,12 @@ def test_depthwise_is_called_forward_and_for_both_gradients(kernel_size):
     assert sum("sums_of_products" in name for name in called) == 1
 
 
-def test_gelu_is_called_where_it_has_several_readers():
+def test_gelu_is_a_call_where_it_is_read_several_times():
     called = calls(read_twice(gelu.gelu_by_slope), normal(3, 5, seed=4))
     assert ["gelu_unit" in name for name in called] == [True]
 
 
-def test_a_row_tile_is_upsampled_once_and_its_slope_reduced_once(monkeypatch):
+def test_a_row_tile_is_upsampled_once_and_its_gradient_reduced_once(monkeypatch):
     monkeypatch.setattr(cross_entropy, "TILE_BYTES", 1)
     labels, weights = np.zeros((2, 16, 12), np.uint8), normal(2, 16, 12, seed=5)
     called = calls(jax.value_and_grad(cross_entropy.cross_entropy), normal(2, 4, 3, 5, seed=6), labels, weights)
@@ -83,7 +83,7 @@ def test_a_row_tile_is_upsampled_once_and_its_slope_reduced_once(monkeypatch):
         assert sum(name in one for one in called) == 1, (name, called)
 
 
-def test_a_row_tile_is_all_that_is_ever_upsampled(monkeypatch):
+def test_only_one_row_tile_is_upsampled_at_a_time(monkeypatch):
     logits, labels = normal(2, 32, 32, 40, seed=7), np.zeros((2, 128, 128), np.uint8)
     weights = np.ones(labels.shape, np.float32)
     whole = labels.size * 40 * 4
@@ -149,7 +149,7 @@ def temporaries(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_a_feed_forward_network_holds_one_row_tile_of_its_widest_map(monkeypatch):
+def test_a_feed_forward_network_stores_one_row_tile_of_its_widest_map(monkeypatch):
     run, _ = feed_forward()
     x = normal(2, 64, 16, 4, seed=9)
     widest = 16 * x.nbytes
@@ -160,7 +160,7 @@ def test_a_feed_forward_network_holds_one_row_tile_of_its_widest_map(monkeypatch
         assert temporaries(run, x) < widest / 3
 
 
-def test_a_row_tile_is_all_that_a_decoder_holds_of_its_upsampled_levels(monkeypatch):
+def test_a_decoder_stores_one_row_tile_of_its_upsampled_levels(monkeypatch):
     sizes = [(128, 16), (32, 4), (16, 2)]
     levels = [normal(2, *size, 4, seed=10 + index) for index, size in enumerate(sizes)]
     kinds = dict(**KINDS, rngs=nnx.Rngs(0))

@@ -32,7 +32,7 @@ def test_the_confusion_matrix_counts_every_pixel_once(classes, ignore, seed):
     np.testing.assert_array_equal(counts, by_loop(labels, predicted, classes, ignore))
 
 
-def test_rows_are_truth_and_columns_prediction():
+def test_rows_are_the_truth_and_columns_the_prediction():
     counts = confusion_matrix(np.array([0, 0, 2]), np.array([1, 1, 0]), num_classes=3, ignore_label=255)
     np.testing.assert_array_equal(counts, [[0, 2, 0], [0, 0, 0], [1, 0, 0]])
 
@@ -67,19 +67,19 @@ def test_a_class_in_neither_truth_nor_prediction_is_not_in_the_mean():
     assert summary["pixel_accuracy"] == 0.5
 
 
-def test_a_class_predicted_on_ignored_pixels_alone_is_absent():
+def test_a_class_predicted_only_on_ignored_pixels_is_absent():
     labels, predicted = np.array([0, 255, 255]), np.array([0, 1, 2])
     summary = summarise(confusion_matrix(labels, predicted, num_classes=3, ignore_label=255))
     assert summary == {"mean_iou": 1.0, "pixel_accuracy": 1.0, "per_class_iou": [1.0, None, None]}
 
 
-def test_nothing_counted_gives_no_figure_at_all_rather_than_zero():
+def test_an_empty_confusion_matrix_gives_no_figures_rather_than_zero():
     labels = np.full((2, 3, 4), 255, np.uint8)
     summary = summarise(confusion_matrix(labels, np.zeros_like(labels), num_classes=2, ignore_label=255))
     assert summary == {"mean_iou": None, "pixel_accuracy": None, "per_class_iou": [None, None]}
 
 
-def test_the_mean_iou_of_a_sum_is_not_the_mean_of_the_images():
+def test_the_mean_iou_of_a_sum_is_not_the_mean_over_images():
     labels = np.array([[0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 1, 1]])
     predicted = np.array([[0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
     images = [
@@ -93,7 +93,7 @@ def test_the_mean_iou_of_a_sum_is_not_the_mean_of_the_images():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
-def test_labels_that_are_no_class_are_refused_by_value(dtype):
+def test_labels_without_a_class_are_refused_with_their_value(dtype):
     labels = np.array([[0, 7, 3], [255, 200, 7]], dtype)
     with pytest.raises(ValueError, match=r"\[3, 7, 200\] are neither in 0\.\.2 nor the ignore label 255"):
         confusion_matrix(labels, np.zeros_like(labels), num_classes=3, ignore_label=255)

@@ -29,7 +29,7 @@ def agree(calibration, name, **looser):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_are_those_of_published_packages(name):
+def test_figures_equal_those_of_published_packages(name):
     probabilities, labels = INPUTS[f"{name}_probabilities"], INPUTS[f"{name}_labels"]
     valid = labels != 255
     assert 0.05 < 1 - valid.mean() < 0.2
@@ -44,7 +44,7 @@ def test_figures_are_those_of_published_packages(name):
 
 @pytest.mark.parametrize("name, one_logit", [("five", False), ("sure", False), ("two", False), ("two", True)])
 @pytest.mark.parametrize("are_logits", [True, False])
-def test_what_a_device_counts_gives_the_figures_of_published_packages(name, one_logit, are_logits):
+def test_counters_on_a_device_give_the_figures_of_published_packages(name, one_logit, are_logits):
     probabilities, labels = INPUTS[f"{name}_probabilities"], INPUTS[f"{name}_labels"]
     scores = np.log(np.maximum(probabilities, 1e-38)) if are_logits else probabilities
     if one_logit:

@@ -35,7 +35,7 @@ def eroded_band(mask, width):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_the_band_of_all_classes_is_that_of_each_by_erosion(seed, width):
+def test_the_boundary_band_equals_erosion_of_each_class(seed, width):
     labels = blobs(seed, 121, 167, 5, smooth=12)
     band = metrics.boundary_band(labels, width)
     assert 0.02 < band.mean() < 0.98
@@ -46,7 +46,7 @@ def test_the_band_of_all_classes_is_that_of_each_by_erosion(seed, width):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_boundary_iou_is_that_of_each_class_by_erosion(seed):
+def test_boundary_iou_equals_that_by_erosion_of_each_class(seed):
     labels, predicted = blobs(seed, 61, 83, 4, ignored=0.3), blobs(seed + 7, 61, 83, 4)
     predicted[20:] = labels[20:] % 4
     width = metrics.boundary_width(labels.shape)
@@ -61,7 +61,7 @@ def test_boundary_iou_is_that_of_each_class_by_erosion(seed):
     assert found["mean_boundary_iou"] == pytest.approx(np.mean(found["per_class_boundary_iou"][:4]))
 
 
-def test_labels_that_the_filters_cannot_tell_apart_are_refused():
+def test_labels_that_the_filters_cannot_distinguish_are_refused():
     for wrong in (-1, 65_535):
         with pytest.raises(ValueError, match=str(wrong)):
             metrics.boundary_band(np.array([[0, wrong]]), 1)
@@ -84,7 +84,7 @@ def counts_of(confusions):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_means_over_images_are_those_of_the_paper(seed):
+def test_means_over_images_are_those_defined_in_the_paper(seed):
     confusions = matrices(seed)
     by_image, by_class = [], {k: [] for k in range(4)}
     for confusion in confusions:
@@ -104,7 +104,7 @@ def test_means_over_images_are_those_of_the_paper(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_interval_has_the_quantiles_of_drawn_data_sets(seed):
+def test_the_interval_has_the_quantiles_of_resampled_datasets(seed):
     confusions = matrices(seed, images=40)
     low, high = metrics.bootstrap_interval(counts_of(confusions), draws=4000, seed=seed)
     rng = np.random.default_rng(seed + 100)
@@ -121,7 +121,7 @@ def test_the_interval_has_the_quantiles_of_drawn_data_sets(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_interval_of_a_difference_is_that_of_scipy_for_pairs(seed):
+def test_the_interval_of_a_difference_is_scipys_paired_bootstrap(seed):
     rng = np.random.default_rng(seed)
     first = matrices(seed, images=40)
     # Another prediction of the same labels, better in class 0.
@@ -149,7 +149,7 @@ def test_the_interval_of_a_difference_is_that_of_scipy_for_pairs(seed):
     assert found.per_class_iou[0][0] > 0 and found.per_class_iou[4] is None
 
 
-def test_a_difference_to_itself_is_zero_and_other_labels_are_refused():
+def test_a_difference_to_itself_is_zero_and_different_labels_are_refused():
     counts = counts_of(matrices(0))
     assert metrics.bootstrap_difference(counts, counts) == metrics.Differences((0.0, 0.0), [(0.0, 0.0)] * 4)
     assert metrics.bootstrap_difference(counts[:1], counts[:1]) == metrics.Differences(None, [None] * 4)
@@ -180,7 +180,7 @@ def counted(scores, labels, parts=3):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_calibration_is_that_of_the_definitions(seed):
+def test_calibration_matches_its_definitions(seed):
     scores, labels = probabilities(seed)
     confidence, right = scores.max(axis=1), scores.argmax(axis=1) == labels
     found = counted(scores, labels)
@@ -208,7 +208,7 @@ def test_calibration_is_that_of_the_definitions(seed):
     assert figures["aurc"] == pytest.approx(risks.mean(), abs=2e-4)
 
 
-def test_the_area_is_exact_where_all_pixels_of_a_counter_are_alike():
+def test_the_area_is_exact_if_all_pixels_of_a_counter_are_equal():
     found = metrics.Calibration()
     confidence, right = np.array([0.9, 0.9, 0.5, 0.2]), np.array([True, True, False, False])
     found.add(confidence, right, confidence, confidence)
@@ -225,7 +225,7 @@ def test_the_area_is_exact_where_all_pixels_of_a_counter_are_alike():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shift", [0.0, -30.0])
-def test_scores_are_ranked_as_by_their_definitions(seed, shift):
+def test_ranking_measures_match_their_definitions(seed, shift):
     rng = np.random.default_rng(seed)
     is_found = rng.random(700) < 0.2
     # Few values, so that there are ties, and exact ones in float32.

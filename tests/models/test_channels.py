@@ -34,7 +34,7 @@ def test_only_the_first_convolution_depends_on_the_channels(family, channels):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_summed_filters_of_one_channel_see_a_grey_image_as_rgb(family):
+def test_summed_filters_give_a_grey_image_the_output_of_rgb(family):
     rgb = tiny_model(3, family)
     weights = state_dict.to_torch(rgb)
     stem = architectures.FAMILIES[architectures.family_of(rgb.spec.name)]
@@ -48,7 +48,7 @@ def test_summed_filters_of_one_channel_see_a_grey_image_as_rgb(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_other_channels_are_refused_with_the_number_wanted(family):
+def test_images_with_other_channels_are_refused_with_the_expected_number(family):
     model = tiny_model(0, family, in_channels=4)
     assert model(images(4, family))[0].shape[-1] == 5
     with pytest.raises(ValueError, match=r"images must be \(B, H, W, 4\); got \(2, \d+, \d+, 3\)"):
@@ -56,7 +56,7 @@ def test_images_of_other_channels_are_refused_with_the_number_wanted(family):
 
 
 @pytest.mark.parametrize(("value", "words"), [(0, "positive"), (-3, "positive"), (70_000, "65536")])
-def test_a_number_of_channels_that_cannot_be_is_refused(value, words):
+def test_an_invalid_number_of_channels_is_refused(value, words):
     with pytest.raises(ValueError, match=rf"in_channels must be .*{words}"):
         segjax.create("segformer_b0", num_classes=2, in_channels=value)
     assert words in models.problem_of("segformer_b0", "in_channels", value)

@@ -36,7 +36,7 @@ PUBLISHED += ("hrnet_w18_ocr", "segnext_t")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *PUBLISHED])
-def test_a_batch_sharded_over_an_explicit_mesh_goes_forward_and_back(family):
+def test_forward_and_backward_passes_work_on_an_explicit_mesh(family):
     model = abstract_model(family, 5) if family in PUBLISHED else abstract_family(family)
     if family in PUBLISHED:
         # A copy, since others read the same model.
@@ -58,7 +58,7 @@ def test_a_batch_sharded_over_an_explicit_mesh_goes_forward_and_back(family):
     assert all("data" not in x.sharding.spec for x in jax.tree.leaves(gradients))
 
 
-def test_explicit_axes_without_a_set_mesh_are_refused_with_the_remedy():
+def test_explicit_axes_without_a_mesh_are_refused_with_the_remedy():
     model = tiny_model(0)
     for axis_type, refused in ((AxisType.Explicit, True), (AxisType.Auto, False)):
         mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
@@ -87,7 +87,7 @@ STEPS += [pytest.param("cpu", family, marks=[pytest.mark.slow] * (family not in 
 
 
 @pytest.mark.parametrize(("platform", "family"), STEPS)
-def test_a_training_step_only_adds_up_over_devices(family, platform):
+def test_a_training_step_only_sums_over_devices(family, platform):
     functional = FunctionalModel(tiny_model(0, family))
     params, batch_stats = functional.arrays()
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))

@@ -136,14 +136,14 @@ def test_parameter_counts_are_the_published_ones(name):
 
 
 @pytest.mark.parametrize("name, num_classes, overrides, count", OTHER_SIZES)
-def test_parameter_counts_of_other_published_sizes(name, num_classes, overrides, count):
+def test_parameter_counts_of_other_published_sizes_are_right(name, num_classes, overrides, count):
     model = abstract_model(name, num_classes, **overrides)
     assert sum(value.size for value in parameters(model).values()) == count
     assert (model.spec.name, model.spec.num_classes) == (name, num_classes)
     assert dict(model.spec.overrides) == overrides
 
 
-def test_settings_are_those_of_create_with_the_names_defaults():
+def test_settings_are_the_arguments_of_create_with_their_defaults():
     shared = ["in_channels", "dims", "depths", "decoder_dim", "num_heads", "mlp_ratios", "sr_ratios"]
     rates, eps = ["drop_path_rate", "dropout_rate"], ["block_norm_eps", "patch_norm_eps"]
     widths = ["in_channels", "width", "stage1_channels", "stage_modules", "stage_blocks", "align_corners"]
@@ -181,7 +181,7 @@ def test_settings_are_those_of_create_with_the_names_defaults():
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_bad_requests_say_what_is_there_instead():
+def test_unknown_names_are_refused_with_the_existing_ones():
     with pytest.raises(KeyError, match=r"Did you mean 'segformer_b\d'\? The models are segformer_b0, .*segnext_l"):
         segjax.create("segformer_bo", num_classes=5)
     with pytest.raises(KeyError, match="no model 'unet'"):
@@ -193,7 +193,7 @@ def test_bad_requests_say_what_is_there_instead():
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_an_unknown_setting_is_refused_with_those_that_exist(name):
+def test_an_unknown_setting_is_refused_with_the_existing_ones(name):
     with pytest.raises(TypeError) as caught:
         segjax.create(name, num_classes=5, decoder_width=3)
     assert f"{name} has no setting decoder_width; it has " in str(caught.value)
@@ -237,7 +237,7 @@ def test_an_unknown_setting_is_refused_with_those_that_exist(name):
         ),
     ],
 )
-def test_settings_that_do_not_fit_one_another_are_refused(name, overrides, message):
+def test_incompatible_settings_are_refused(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: segjax.create(name, num_classes=5, **overrides))
 
@@ -258,7 +258,7 @@ def test_images_of_another_rank_or_without_three_channels_are_refused(family):
 
 
 @pytest.mark.parametrize("family", ["segformer", "plain", "mmseg"])
-def test_images_too_small_for_the_reduction_name_the_smallest_size(family):
+def test_images_that_are_too_small_are_refused_with_the_smallest_size(family):
     with pytest.raises(ValueError, match="29x29"):
         outputs(family, (28, 64))
     assert outputs(family, (29, 64))[0].shape == (2, 8, 16, 5)
@@ -266,7 +266,7 @@ def test_images_too_small_for_the_reduction_name_the_smallest_size(family):
 
 @pytest.mark.parametrize("family", PICKY)
 @pytest.mark.parametrize("size, named", [((65, 96), "96x96"), ((64, 360), "64x384"), ((20, 31), "32x32")])
-def test_images_that_do_not_divide_by_32_are_refused_with_a_size_to_use(family, size, named):
+def test_images_not_divisible_by_32_are_refused_with_a_size_to_use(family, size, named):
     with pytest.raises(ValueError, match=rf"divide by 32; got {size[0]}x{size[1]}.* for example to {named}\b"):
         outputs(family, size)
 
@@ -418,7 +418,7 @@ def test_initial_weights_are_the_published_ones(family):
 
 
 @pytest.mark.parametrize("family", INITIAL)
-def test_the_seed_decides_weights_and_streams(family):
+def test_the_seed_determines_weights_and_streams(family):
     (first, keys), (other, others) = drawn(family, 3), drawn(family, 4)
     random = [name for name in first if np.unique(first[name]).size > 1]
     assert all(not np.array_equal(first[name], other[name]) for name in random) and len(random) > 20
@@ -428,7 +428,7 @@ def test_the_seed_decides_weights_and_streams(family):
     assert len({key.tobytes() for key in keys}) == len(keys)
 
 
-def test_the_seed_decides_the_weights_and_nothing_else_does():
+def test_only_the_seed_determines_the_weights():
     name, sizes = FAMILIES["segformer"]
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -450,7 +450,7 @@ def differences(outputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_evaluation_repeats_itself_and_training_moves_the_statistics(family, float64):
+def test_evaluation_is_repeatable_and_training_updates_the_statistics(family, float64):
     # In float32 rounding looks like a difference: statistics of equal samples amplify it.
     model = tiny_model(0, family, dtype=jnp.float64, **RANDOM.get(family, ({},))[0])
     x = images(0, dtype=np.float64)
@@ -490,7 +490,7 @@ def drops(model, kind):
 
 
 @pytest.mark.parametrize("family", ["segformer", "plain", "mmseg", "zuppichini", "segnext"])
-def test_drop_path_grows_along_a_line_over_all_blocks(family):
+def test_drop_path_grows_linearly_over_all_blocks(family):
     depths, rate = (1, 2, 1, 3), 0.3
     model = abstract_family(family, depths=depths, drop_path_rate=rate)
     kind, branches = (layers.DropPathOfBatch, 1) if family == "zuppichini" else (layers.DropPath, 2)
@@ -506,7 +506,7 @@ def test_drop_path_grows_along_a_line_over_all_blocks(family):
 @pytest.mark.parametrize(
     "family, rates", [("segformer", [0.25]), ("plain", [0.25]), ("mmseg", [0.25]), ("ocr", [0.25])]
 )
-def test_one_layer_drops_channels_in_front_of_the_classifier(family, rates):
+def test_one_layer_drops_channels_before_the_classifier(family, rates):
     assert drops(abstract_family(family, dropout_rate=0.25), layers.Dropout2d) == rates
 
 
@@ -520,7 +520,7 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize("family", BRANCHES)
-def test_dropping_always_is_as_if_exactly_these_branches_were_not_there(family):
+def test_always_dropping_equals_removing_exactly_these_branches(family):
     dropping, without = (tiny_model(1, family, drop_path_rate=0.5) for _ in range(2))
     dropping.set_attributes(layers.DropPath, layers.DropPathOfBatch, deterministic=False, raise_if_not_found=False)
     dropping.set_attributes(layers.DropPath, layers.DropPathOfBatch, survival=0.0, raise_if_not_found=False)
@@ -537,7 +537,7 @@ def test_dropping_always_is_as_if_exactly_these_branches_were_not_there(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_model_is_built_again_with_its_settings_and_weights(family, tmp_path):
+def test_a_saved_model_is_rebuilt_with_its_settings_and_weights(family, tmp_path):
     model = tiny_model(5, family)
     orbax_folder.save_model(tmp_path / "model", model, metadata={})
     again = segjax.load(tmp_path / "model").model
@@ -547,7 +547,7 @@ def test_a_saved_model_is_built_again_with_its_settings_and_weights(family, tmp_
     assert all(np.array_equal(before[name][...], after[name][...]) for name in before)
 
 
-def test_models_copy_and_pass_through_nnx_transforms():
+def test_models_can_be_copied_and_passed_through_nnx_transforms():
     model, x = tiny_model(0), images(1, batch=2)
     duplicate = copy.deepcopy(model)
     expected = np.asarray(call(model, x))
@@ -563,7 +563,7 @@ def test_models_copy_and_pass_through_nnx_transforms():
 # ----------------------------------------------------------------------------------------------- SegNeXt's bases
 
 
-def test_evaluation_bases_are_these_numbers():
+def test_evaluation_bases_are_the_recorded_numbers():
     bases = segnext.evaluation_bases(64, 8)
     assert bases.shape == (64, 8) and bases.dtype == np.float64 and bases.min() >= 0
     np.testing.assert_allclose(np.sqrt((bases**2).sum(axis=0)), 1, rtol=1e-12)
@@ -572,7 +572,7 @@ def test_evaluation_bases_are_these_numbers():
     assert np.unique(bases).size == bases.size
 
 
-def test_evaluation_takes_the_fixed_bases_whatever_the_seed():
+def test_evaluation_uses_the_fixed_bases_for_any_seed():
     model, x = tiny_model(0, "segnext"), images(0)
     expected = np.asarray(call(model, x))
     fixed = np.broadcast_to(segnext.evaluation_bases(32, 7), (4, 32, 7)).astype(np.float32)
@@ -652,7 +652,7 @@ def test_in_bfloat16_norms_softmax_logits_and_weights_are_float32(family):
     assert {v.aval.dtype for v in jaxpr.jaxpr.outvars[:1]} == {jnp.dtype("float32")}
 
 
-def test_under_bfloat16_the_factorisation_is_float32():
+def test_in_bfloat16_the_factorisation_is_float32():
     jaxpr = traced("segnext", training=False, dtype=jnp.bfloat16, param_dtype=jnp.float32)
     # The rank, 7, is no other size of the model.
     products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
@@ -662,14 +662,14 @@ def test_under_bfloat16_the_factorisation_is_float32():
     assert {str(v.aval.dtype) for e in of_factors for v in (*e.invars, *e.outvars)} == {"float32"}
 
 
-def test_logits_under_bfloat16_are_sums_of_float32_and_not_rounded_before():
+def test_in_bfloat16_logits_are_summed_in_float32():
     logits = np.asarray(call(tiny_model(0, dtype=jnp.bfloat16, param_dtype=jnp.float32), images(2)))
     assert logits.dtype == np.float32
     rounded = logits.astype(jnp.bfloat16).astype(np.float32)
     assert (logits != rounded).mean() > 0.9
 
 
-def test_storage_narrower_than_the_computation_loses_nothing_more(float64):
+def test_narrow_parameters_lose_nothing_more_in_a_wider_computation(float64):
     x = images(3, dtype=np.float64)
     narrow = tiny_model(3, dtype=jnp.float64, param_dtype=jnp.float32)
     wide = tiny_model(4, dtype=jnp.float64)

@@ -62,7 +62,7 @@ def test_the_first_part_computes_only_what_depends_on_the_weights(float64):
             assert found[name].dtype == value.dtype
 
 
-def test_keys_are_equal_where_the_first_parts_are(float64):
+def test_keys_are_equal_if_the_first_parts_are(float64):
     def twice(weights, x):
         return x @ (2 * weights)
 

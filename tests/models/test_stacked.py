@@ -41,7 +41,7 @@ def test_equal_neighbours_are_stacked_in_the_order_of_their_numbers():
     }.items(),
 )
 @pytest.mark.parametrize("differ", ["shape", "dtype", "name", "alike"])
-def test_a_stack_ends_where_a_neighbour_differs_in_anything(kinds, groups, differ):
+def test_a_stack_ends_at_a_neighbour_that_differs_in_anything(kinds, groups, differ):
     shapes, alike = {}, {}
     for place, kind in enumerate(kinds):
         odd = kind == "b"
@@ -55,7 +55,7 @@ def test_a_stack_ends_where_a_neighbour_differs_in_anything(kinds, groups, diffe
     assert {key.rpartition(".")[2] for key in found} <= {"v", "w", "same"} and len(found) == 2 * len(groups)
 
 
-def test_of_lists_in_lists_the_outer_one_counts_where_it_can():
+def test_of_nested_lists_the_outer_one_is_stacked_if_possible():
     inner = {f"a.{i}.b.{j}.w": (2,) for i in range(3) for j in range(2)}
     assert members_of(inner) == {f"a.0-2.b.{j}.w": tuple(f"a.{i}.b.{j}.w" for i in range(3)) for j in range(2)}
     # Outside nothing equal is left, inside there is.
@@ -63,14 +63,14 @@ def test_of_lists_in_lists_the_outer_one_counts_where_it_can():
     assert members_of(unequal) == {f"a.{i}.b.0-1.w": (f"a.{i}.b.0.w", f"a.{i}.b.1.w") for i in range(3)}
 
 
-def test_rows_too_short_are_none_and_are_looked_into():
+def test_short_lists_are_not_stacked_but_searched_for_inner_ones():
     shapes = {f"a.{i}.b.{j}.w": (2,) for i in range(2) for j in range(3)}
     assert members_of(shapes, shortest=3).keys() == {f"a.{i}.b.0-2.w" for i in range(2)}
     assert members_of(shapes, shortest=4) == members_of(shapes, shortest=0) == {}
     assert members_of(shapes, shortest=2).keys() == {f"a.0-1.b.{j}.w" for j in range(3)}
 
 
-def test_what_lies_apart_or_bears_no_number_is_no_row():
+def test_names_without_consecutive_numbers_are_not_stacked():
     assert members_of({"a.0.w": (2,), "a.2.w": (2,), "b.x.w": (2,), "b.y.w": (2,), "0": (3,), "w": ()}) == {}
     assert members_of({"0": (3,), "1": (3,)}) == {"0-1": ("0", "1")}
 
@@ -83,7 +83,7 @@ def arrays(seed):
     return {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
 
 
-def test_a_state_is_the_same_taken_together_and_apart(float64):
+def test_a_state_survives_stacking_and_unstacking(float64):
     params, optimizer = jax.tree.map(jnp.asarray, arrays(0)), optax.chain(optax.scale_by_adam(), optax.trace(0.9))
     stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
     trained = {name: array for name, array in params.items() if name != "head"}
@@ -105,7 +105,7 @@ def test_a_state_is_the_same_taken_together_and_apart(float64):
         assert all(map(operator.is_, jax.tree.leaves(unchanged), jax.tree.leaves(state)))
 
 
-def test_gradients_pass_through(float64):
+def test_gradients_pass_through_stacking(float64):
     params = jax.tree.map(jnp.asarray, arrays(1))
     stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
     weights = arrays(2)
@@ -119,7 +119,7 @@ def test_gradients_pass_through(float64):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-14), stacks.apart(found), expected)
 
 
-def test_a_loop_over_what_was_a_stack_copies_nothing():
+def test_a_loop_over_an_unstacked_stack_copies_nothing():
     params = {name: jax.ShapeDtypeStruct((16, 16), jnp.float32) for name in (f"net.{i}.w" for i in range(5))}
     stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
 

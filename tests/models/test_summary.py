@@ -98,7 +98,7 @@ def run(capsys, *arguments):
         ("hrnet_w48", (512, 1024), {}, 65859379, "174.044"),
     ],
 )
-def test_the_published_figures_come_out(name, size, overrides, parameters, gflops):
+def test_the_published_figures_are_reproduced(name, size, overrides, parameters, gflops):
     published = modelsummary(name, size, **overrides)
     assert published.parameters == parameters
     digits = len(gflops.partition(".")[2])
@@ -150,7 +150,7 @@ def test_the_published_convention_follows_the_structure():
     assert published.multiply_adds == expected
 
 
-def test_the_blogs_default_has_its_convolutions():
+def test_the_simple_default_has_the_published_convolutions():
     counted = summarise("segformer_simple", (224, 224))
     convolutions = [count for kind, count in counted.multiply_adds.items() if kind.endswith("convolution")]
     assert len(convolutions) == 3 and sum(convolutions) == 2517079040
@@ -161,11 +161,11 @@ def test_the_blogs_default_has_its_convolutions():
     ("name", "num_classes", "parameters"),
     [("segformer_b0", 19, 3719027), ("segformer_b0", 150, 3752694), ("segnext_t", 19, 4229747)],
 )
-def test_parameters_are_the_true_count(name, num_classes, parameters):
+def test_parameters_are_counted_exactly(name, num_classes, parameters):
     assert summarise(name, (64, 96), num_classes).parameters == parameters
 
 
-def test_multiply_adds_of_a_segformer_by_hand():
+def test_multiply_adds_of_a_segformer_match_a_hand_count():
     counted = summarise("segformer_b0", SIZE, 7, **NARROW)
     decoder = NARROW["decoder_dim"]
     expected = dict.fromkeys(summary.KINDS, 0)
@@ -180,7 +180,7 @@ def test_multiply_adds_of_a_segformer_by_hand():
     assert counted.total_multiply_adds == sum(expected.values())
 
 
-def test_multiply_adds_of_the_factorisation_by_hand():
+def test_multiply_adds_of_the_factorisation_match_a_hand_count():
     sizes = dict(SMALL["segnext_t"], ham_channels=64, ham_rank=12)
     N, C, R = 9 * 13, 64, 12
     coefficients = N * C * R + C * R * R + N * R * R
@@ -190,7 +190,7 @@ def test_multiply_adds_of_the_factorisation_by_hand():
     assert summarise("segnext_t", SIZE, **sizes).multiply_adds["nmf"] == expected
 
 
-def test_multiply_adds_of_object_contexts_by_hand():
+def test_multiply_adds_of_object_contexts_match_a_hand_count():
     counted = summarise("hrnet_w18_ocr", SIZE, 5, **SMALL["hrnet_w18_ocr"]).multiply_adds
     N, C, D, K = 17 * 25, 8, 4, 5
     assert counted["object_gathering"] == N * K * C
@@ -198,7 +198,7 @@ def test_multiply_adds_of_object_contexts_by_hand():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_no_product_is_of_an_unknown_kind(name):
+def test_every_product_is_of_a_known_kind(name):
     counted = summarise(name, (64, 96), 5, **SMALL[name])
     assert counted.multiply_adds["other"] == 0
     # Pixels are moved by products here, which is no work of a layer.
@@ -207,7 +207,7 @@ def test_no_product_is_of_an_unknown_kind(name):
 
 
 @pytest.mark.parametrize(("dtype", "narrow_bytes"), [("float32", 4), ("bfloat16", 2)])
-def test_activation_memory_by_hand(dtype, narrow_bytes):
+def test_activation_memory_matches_a_hand_count(dtype, narrow_bytes):
     decoder, K = NARROW["decoder_dim"], 7
     values = (3 + 1 + 1 + 1) * TOKENS[0] * decoder  # three upsamplings, convolution, BatchNorm, ReLU
     wide = TOKENS[0] * K
@@ -222,7 +222,7 @@ def test_activation_memory_by_hand(dtype, narrow_bytes):
     assert counted.activation_mib == counted.activation_bytes / 2**20
 
 
-def test_layers_are_calls_by_class():
+def test_layers_are_counted_as_calls_by_class():
     counted = summarise("segformer_b0", SIZE, **NARROW)
     assert counted.layers == {
         "Attention": 7,
@@ -244,13 +244,13 @@ def test_layers_are_calls_by_class():
 
 
 @pytest.mark.parametrize(("name", "stride", "logits"), [("segformer_b0", 4, (17, 25, 5)), ("segnext_t", 8, (9, 13, 5))])
-def test_output_stride_is_told_at_sizes_that_it_does_not_divide(name, stride, logits):
+def test_the_output_stride_is_reported_at_sizes_it_does_not_divide(name, stride, logits):
     counted = summarise(name, SIZE, 5, **SMALL[name])
     assert (counted.output_stride, counted.logits) == (stride, logits)
 
 
 @pytest.mark.parametrize("size", [(100, 100), (64, 96)])
-def test_layers_and_functions_are_themselves_again_afterwards(size):
+def test_layers_and_functions_are_restored_afterwards(size):
     def watched():
         functions = [getattr(module, attribute) for module, attribute, _ in summary.FUNCTIONS]
         return [*functions, layers.Conv.__call__, layers.DropPath.__call__, segformer.Block.__call__, jax.nn.relu]
@@ -271,7 +271,7 @@ def test_layers_and_functions_are_themselves_again_afterwards(size):
         ("segnext_l", dict(depths=(1, 1, 1, 1))),
     ],
 )
-def test_the_table_fits_80_columns_however_large_the_figures(name, overrides, capsys):
+def test_the_table_fits_80_columns_with_the_largest_figures(name, overrides, capsys):
     given = ["--overrides", *(f"{key}={value}" for key, value in overrides.items())] if overrides else []
     status, out, err = run(capsys, name, "--size", 8192, 16384, "--num-classes", 150, *given)
     assert (status, err) == (0, "")
@@ -281,7 +281,7 @@ def test_the_table_fits_80_columns_however_large_the_figures(name, overrides, ca
         assert figure == 0 or f"{figure:,}" in out
 
 
-def test_the_published_table_says_why_it_is_no_parameter_count(capsys):
+def test_the_published_table_states_that_it_does_not_count_parameters(capsys):
     depths = "depths=(1,1,1,1)"
     status, out, err = run(
         capsys, "segformer_plain_b0", "--size", 64, 96, "--convention", "modelsummary", "--overrides", depths
@@ -291,7 +291,7 @@ def test_the_published_table_says_why_it_is_no_parameter_count(capsys):
     assert "Not a parameter count" in out and "depths = (1, 1, 1, 1)" in out
 
 
-def test_json_is_the_summary_and_nothing_else(capsys):
+def test_json_output_has_only_the_summary(capsys):
     arguments = ["segnext_t", "--size", 64, 96, "--num-classes", 5, "--json", "--overrides", "depths=(1,1,1,1)"]
     status, out, err = run(capsys, *arguments)
     assert (status, err, out.count("\n")) == (0, "", 1)
@@ -322,7 +322,7 @@ def test_json_is_the_summary_and_nothing_else(capsys):
         (["segformer_bo", "--size", 64, 64, "--convention", "modelsummary"], "segformer_b0"),
     ],
 )
-def test_an_error_is_one_sentence_and_status_2(arguments, says, capsys):
+def test_an_error_gives_one_sentence_and_status_2(arguments, says, capsys):
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "") and err.startswith("segjax summary: ")
     assert max(map(len, err.splitlines())) <= 80 and says in " ".join(err.split())
@@ -338,13 +338,13 @@ def test_numbers_out_of_range_are_refused_by_name(arguments, capsys):
 @pytest.mark.parametrize(
     "name", ["segformer_b0", "segformer_mmseg_b5", "segformer_zuppichini", "hrnet_w48_ocr", "segnext_l"]
 )
-def test_the_published_convention_is_refused_where_nothing_was_published(name):
+def test_the_published_convention_is_refused_if_nothing_was_published(name):
     with pytest.raises(ValueError, match=f"has no {name}; it has segformer_plain_b0"):
         modelsummary(name, (64, 64))
     assert name in segjax.MODELS
 
 
-def test_the_command_needs_no_torch_and_speaks_on_stdout_alone():
+def test_the_command_needs_no_torch_and_prints_only_to_stdout():
     code = """if True:
         import sys
         from segjax.commands import summary as command
@@ -358,7 +358,7 @@ def test_the_command_needs_no_torch_and_speaks_on_stdout_alone():
     assert done.stderr == "" and json.loads(done.stdout)["name"] == "segformer_b0"
 
 
-def test_least_work_is_the_formula_by_hand():
+def test_least_work_matches_a_hand_count():
     batch, classes, decoder = 3, 11, NARROW["decoder_dim"]
     work, (h, w), in_channels = [], SIZE, 3  # multiply-adds and values of each product
 
@@ -391,7 +391,7 @@ def test_least_work_is_the_formula_by_hand():
 
 
 @pytest.mark.parametrize("name", list(SMALL))
-def test_least_work_leaves_out_only_a_published_decoders_order(name):
+def test_least_work_differs_only_in_the_decoders_order_of_products(name):
     published = summarise(name, (64, 96), **SMALL[name])
     least = least_work(name, (64, 96), batch=1, **SMALL[name])
     kept = sum(

@@ -127,7 +127,7 @@ def test_a_recipe_has_the_published_values(reference):
 
 
 @pytest.mark.parametrize("reference", ALIGNED)
-def test_corners_are_aligned_where_they_were(reference):
+def test_corners_are_aligned_as_published(reference):
     assert load(reference).model.align_corners == ALIGNED[reference]
 
 
@@ -138,7 +138,7 @@ def test_models_have_the_published_rates_and_ranks(setting, table):
     assert {reference: load(reference).model[setting] for reference in table} == table
 
 
-def test_the_hardest_pixels_are_131_072_of_the_crops_of_a_gpu():
+def test_the_hardest_pixels_of_the_crops_of_a_gpu_are_131_072():
     for reference, crops, pixels in (
         ("hrnet:w48,ade20k", 4, 520 * 520),
         ("hrnet:w48_ocr,ade20k", 4, 520 * 520),
@@ -232,7 +232,7 @@ def test_hrnet_has_one_rate_and_one_decay(reference):
 @pytest.mark.parametrize(
     "variant", ["segformer:b2", "segformer:plain_b0", "hrnet:w48_ocr", "segnext:s", "segformer_simple:b5"]
 )
-def test_data_without_a_recipe_says_so_and_has_no_cityscapes_values(variant, dataset):
+def test_a_config_without_a_recipe_says_so_and_has_no_cityscapes_values(variant, dataset):
     config = load(f"{variant},{dataset}")
     assert config.recipe.startswith("no recipe is published for ")
     assert (config.augment.crop, config.train.steps, config.optim.lr) == (None, None, None)
@@ -252,13 +252,13 @@ def test_data_without_a_recipe_says_so_and_has_no_cityscapes_values(variant, dat
         "segformer_zuppichini:article,ade20k",
     ],
 )
-def test_a_recipe_of_another_size_is_not_called_published(reference):
+def test_a_recipe_for_another_model_size_is_not_called_published(reference):
     config = load(reference)
     assert config.recipe.startswith("no recipe is published for ") and "; this is the one of " in config.recipe
     assert config.init.expected
 
 
-def test_the_simple_segformer_expects_pretrained_weights_in_its_recipe():
+def test_the_recipe_of_the_simple_segformer_expects_pretrained_weights():
     assert load("segformer_simple:b5,cityscapes").init.expected
 
 

@@ -40,13 +40,13 @@ def refused(reference):
 # ------------------------------------------------------------------------------------------------------ names and files
 
 
-def test_every_module_beside_the_shared_one_is_a_recipe():
+def test_every_module_except_the_shared_one_is_a_recipe():
     stems = {path.stem for path in (REPO / "segjax" / "recipes").glob("*.py")} - {"__init__", "common"}
     assert stems == set(recipes.RECIPES)
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_a_recipe_by_name_is_the_same_by_file(name, variant):
+def test_a_recipe_is_the_same_by_name_and_by_file(name, variant):
     for dataset in DATASETS:
         argument = f"{variant},{dataset}"
         by_name = recipes.load(f"{name}:{argument}")
@@ -57,7 +57,7 @@ def test_a_recipe_by_name_is_the_same_by_file(name, variant):
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_without_words_a_recipe_is_its_first_variant_on_streets(name):
+def test_without_an_argument_a_recipe_is_its_first_variant_on_streets(name):
     config = MODULES[name].get_config(f"{MODULES[name].VARIANTS[0]},streets").to_dict()
     for reference in (name, f"{name}:", f"configs/{name}.py", f"configs/{name}.py:"):
         assert recipes.load(reference).to_dict() == config
@@ -70,13 +70,13 @@ def test_configs_loaded_twice_share_nothing():
 
 
 @pytest.mark.parametrize("argument", ["b2,camvid", "camvid,b2", " camvid , b2 "])
-def test_words_come_in_any_order(argument):
+def test_variant_and_dataset_come_in_any_order(argument):
     config = recipes.load(f"segformer:{argument}")
     assert (config.model.name, config.data.name) == ("segformer_b2", "camvid")
 
 
 @pytest.mark.parametrize("reference", ["segformer:b9", "configs/segformer.py:b9", "segformer:b2,cityscape"])
-def test_a_word_that_a_recipe_does_not_know_is_refused_with_its_lists(reference):
+def test_an_unknown_variant_or_dataset_is_refused_with_the_known_ones(reference):
     word = reference.replace(",", ":").split(":")[-1]
     message = refused(reference)
     assert message.startswith(f"{reference}: {word!r} is not a variant (b0, b1, b2, b3, b4, b5, plain_b0, ")
@@ -93,7 +93,7 @@ def test_a_word_that_a_recipe_does_not_know_is_refused_with_its_lists(reference)
         ("/dev/null:b2", "/dev/null: is not a regular file"),
     ],
 )
-def test_what_is_neither_recipe_nor_file_is_refused_with_the_recipes(reference, hint):
+def test_a_name_that_is_neither_recipe_nor_file_is_refused(reference, hint):
     assert refused(reference).startswith(hint)
 
 
@@ -174,7 +174,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_with_a_fault_is_refused_in_one_line_by_its_place(fault, tmp_path):
+def test_a_file_with_an_error_is_refused_in_one_line_with_its_position(fault, tmp_path):
     text, expected = FAULTS[fault]
     path = tmp_path / "mine.py"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -182,21 +182,21 @@ def test_a_file_with_a_fault_is_refused_in_one_line_by_its_place(fault, tmp_path
     assert message.startswith(f"{path}:") and expected in message
 
 
-def test_a_file_that_imports_a_module_with_a_fault_is_told_by_that_place(tmp_path, monkeypatch):
+def test_an_error_in_a_module_that_a_file_imports_is_located(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "helper_with_fault.py").write_text("x = 1\nx = = 2\n")
     (tmp_path / "mine.py").write_text("import helper_with_fault\n")
     assert refused(tmp_path / "mine.py") == f"{tmp_path / 'helper_with_fault.py'}:2: invalid syntax"
 
 
-def test_a_get_config_without_parameter_is_called_without_argument(tmp_path):
+def test_a_get_config_without_parameters_is_called_without_arguments(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(START.replace('argument=""', "").replace("(argument)", "('b4')") + "    return config\n")
     assert recipes.load(str(path)).model.name == "segformer_b4"
     assert refused(f"{path}:b1").startswith(f"{path}:b1: TypeError: get_config() takes 0 positional arguments")
 
 
-def test_a_config_of_a_file_is_a_config_dict_of_its_own(tmp_path):
+def test_a_config_of_a_file_is_an_independent_config_dict(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(START + "    return config\n")
     before = set(sys.modules)

@@ -82,7 +82,7 @@ def test_there_is_a_config_for_every_model():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_word_it_is_the_first_variant_on_streets(name):
+def test_without_an_argument_a_config_is_its_first_variant_on_streets(name):
     config = CONFIGS[name].get_config()
     assert config.to_dict() == CONFIGS[name].get_config("").to_dict()
     assert config.to_dict() == get(name, CONFIGS[name].VARIANTS[0], "streets").to_dict()
@@ -91,7 +91,7 @@ def test_without_a_word_it_is_the_first_variant_on_streets(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("word", ["b9", "cityscape", "small-", "w18_ocr_", "B0"])
-def test_a_word_that_is_no_variant_or_dataset_is_refused_with_both_lists(name, word):
+def test_an_unknown_variant_or_dataset_is_refused_with_both_lists(name, word):
     with pytest.raises(ValueError) as caught:
         CONFIGS[name].get_config(f"{word},camvid")
     assert f"{word!r} is not a variant ({', '.join(CONFIGS[name].VARIANTS)}) or dataset (" in str(caught.value)
@@ -117,7 +117,7 @@ def test_every_variant_builds_its_model(name, variant):
     assert model_of(config).spec.name == config.model.name
 
 
-def test_every_combination_has_a_folder_of_its_own():
+def test_every_combination_has_its_own_folder():
     folders = {loop.default_workdir(get(*combination)) for combination in COMBINATIONS}
     assert len(folders) == len(COMBINATIONS)
     assert str(loop.default_workdir(get("segformer", "mmseg_b2", "camvid"))) == "runs/segformer-mmseg-b2-camvid"
@@ -126,7 +126,7 @@ def test_every_combination_has_a_folder_of_its_own():
 
 # Where a variant has the sizes of its model's name, and where it has others.
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_variants_have_the_published_sizes_unless_they_say_otherwise(name, variant):
+def test_variants_other_than_small_have_the_published_sizes(name, variant):
     config = get(name, variant, "folder")
     expected = {
         ("segformer_simple", "b5"): 174_780_307,
@@ -152,7 +152,7 @@ PICKY = ("segformer_simple", "segformer_zuppichini")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dataset", ["streets", "camvid"])
-def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, dataset):
+def test_models_accept_the_crops_and_evaluation_images_of_a_dataset(name, dataset):
     config = get(name, "", dataset)
     evaluated = tuple(config.data.size) if dataset == "streets" else (360, 480)
     functional = FunctionalModel(model_of(config))
@@ -166,7 +166,7 @@ def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, data
 
 @pytest.mark.parametrize("name", PICKY)
 @pytest.mark.parametrize("dataset", specs.DATASETS)
-def test_crops_of_models_that_upsample_by_whole_factors_divide_by_32(name, dataset):
+def test_crops_for_models_that_upsample_by_whole_factors_divide_by_32(name, dataset):
     crop = get(name, "", dataset).augment.crop
     if crop is None:
         # Of data without a published recipe the run chooses it.
@@ -179,7 +179,7 @@ def test_crops_of_models_that_upsample_by_whole_factors_divide_by_32(name, datas
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_a_folder_is_trained_on_by_adamw_and_cross_entropy_only(name, variant):
+def test_training_on_a_folder_uses_adamw_and_only_cross_entropy(name, variant):
     config = get(name, variant, "folder")
     assert (config.optim.name, config.train.batch, config.augment.photometric) == ("adamw", 8, True)
     # Cross-entropy only, with OCR's auxiliary loss.
@@ -195,7 +195,7 @@ DROP_PATH = {"segformer": 0.1, "segformer_zuppichini": 0.0, "segnext": 0.1}
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_a_folder_is_trained_on_with_the_published_rates(name, variant):
+def test_training_on_a_folder_uses_the_published_drop_rates(name, variant):
     config = get(name, variant, "folder")
     rates = models.settings(config.model.name) | dict(config.model)
     drop_path = 0.3 if (name, variant) == ("segnext", "l") else DROP_PATH.get(name)
@@ -208,7 +208,7 @@ def test_a_folder_is_trained_on_with_the_published_rates(name, variant):
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_on_streets_nothing_is_dropped(name, variant):
+def test_training_on_streets_drops_nothing(name, variant):
     config = get(name, variant, "streets")
     rates = models.settings(config.model.name) | dict(config.model)
     assert [rates[key] for key in ("drop_path_rate", "dropout_rate") if rates.get(key)] == []
@@ -222,7 +222,7 @@ def test_on_streets_nothing_is_dropped(name, variant):
     "name, variant",
     [pair if pair[1] in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in VARIANTS],
 )
-def test_what_does_not_decay_is_what_was_published(name, variant):
+def test_parameters_without_decay_are_the_published_ones(name, variant):
     for dataset in specs.DATASETS:
         config = get(name, variant, dataset)
         model = model_of(config)
@@ -248,7 +248,7 @@ def test_what_does_not_decay_is_what_was_published(name, variant):
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_the_head_is_all_that_is_not_the_encoder(name, variant):
+def test_the_head_is_everything_except_the_encoder(name, variant):
     for dataset in specs.DATASETS:
         config = get(name, variant, dataset)
         names = parameters(model_of(config))
@@ -300,14 +300,14 @@ def changed(**values):
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_a_setting_that_cannot_be_used_is_refused_by_its_key(key, tmp_path):
+def test_an_invalid_setting_is_refused_with_its_key(key, tmp_path):
     value, message = WRONG[key]
     with pytest.raises(RunError) as caught:
         check(changed(**{key: value}), tmp_path)
     assert str(caught.value) == f"the settings cannot be used:\n  config.{key}: {message}"
 
 
-def test_all_that_is_wrong_with_the_settings_is_in_one_error(tmp_path):
+def test_all_problems_of_the_settings_are_in_one_error(tmp_path):
     absent = str(tmp_path / "absent")
     values = {key: value for key, (value, _) in WRONG.items()} | {"init.checkpoint": absent, "eval.mode": "whole"}
     with pytest.raises(RunError) as caught:
@@ -339,7 +339,7 @@ def test_a_stride_that_leaves_gaps_between_crops_is_refused(crop, sides, tmp_pat
         (1, 5, 2, "5; does not divide among 1 device and 2 micro-batches: 4 or 6 images do, or accumulate=1"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_those_that_do(
+def test_a_batch_that_does_not_divide_is_refused_with_batches_that_do(
     devices, batch, accumulate, said, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
@@ -358,7 +358,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_those_that_do(
         check(changed(**{"train.batch": batch, "train.accumulate": int(fewer[1]), "eval.batch": devices}), tmp_path)
 
 
-def test_gpus_that_a_batch_divides_among_are_named_as_a_shell_sets_them(tmp_path, monkeypatch):
+def test_the_error_names_gpus_to_use_as_an_environment_variable(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(RunError) as caught:
@@ -378,7 +378,9 @@ def test_gpus_that_a_batch_divides_among_are_named_as_a_shell_sets_them(tmp_path
         (12, 1, 12, 3, "train.batch=48, or 1 device"),
     ],
 )
-def test_ohem_groups_that_do_not_divide_are_refused_with_what_does(batch, accumulate, group, part, divide, tmp_path):
+def test_ohem_groups_that_do_not_divide_are_refused_with_groups_that_do(
+    batch, accumulate, group, part, divide, tmp_path
+):
     sizes = {"train.batch": batch, "train.accumulate": accumulate, "loss.ohem_images": group}
     check(changed(**sizes), tmp_path)
     with pytest.raises(RunError) as caught:
@@ -393,7 +395,7 @@ def test_ohem_groups_that_do_not_divide_are_refused_with_what_does(batch, accumu
 
 
 @pytest.mark.parametrize("value", [("head", 10.0), (("head",),), (("head", "10"),), ((),), (("head", -1.0),)])
-def test_multipliers_that_are_no_pairs_are_refused_with_an_example(value, tmp_path):
+def test_multipliers_that_are_not_pairs_are_refused_with_an_example(value, tmp_path):
     with pytest.raises(RunError) as caught:
         check(changed(**{"optim.lr_multipliers": value}), tmp_path)
     (line,) = str(caught.value).splitlines()[1:]
@@ -401,7 +403,7 @@ def test_multipliers_that_are_no_pairs_are_refused_with_an_example(value, tmp_pa
     assert line == f"  config.optim.lr_multipliers: {value}; must be {must_be}"
 
 
-def test_settings_that_can_be_used_are_taken(tmp_path):
+def test_valid_settings_are_accepted(tmp_path):
     (tmp_path / "file.pth").touch()
     check(
         changed(

@@ -44,7 +44,7 @@ RESULTS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_what_is_written_replaces_what_was_there_and_leaves_nothing_else(kind, tmp_path):
+def test_writing_replaces_the_old_version_and_leaves_nothing_else(kind, tmp_path):
     for text in ("old", "new"):
         WRITERS[kind](tmp_path / "sub" / "x", text)
         assert below(tmp_path / "sub") == RESULTS[kind](text)
@@ -52,7 +52,7 @@ def test_what_is_written_replaces_what_was_there_and_leaves_nothing_else(kind, t
     assert {path.name for path in (tmp_path / "sub").iterdir()} == expected
 
 
-def test_companions_that_a_new_version_does_not_have_go_with_the_old_one(tmp_path):
+def test_stale_companion_files_are_removed_with_the_old_version(tmp_path):
     path, companion = tmp_path / "x", tmp_path / "x.json"
     write_files(path, "old")
     with pytest.raises(ValueError), atomic.replacing_files(path, stale=[companion]) as new:
@@ -65,7 +65,7 @@ def test_companions_that_a_new_version_does_not_have_go_with_the_old_one(tmp_pat
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EIO, "x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
-def test_a_body_that_raises_leaves_the_old_one_and_nothing_else(replacing, error, tmp_path):
+def test_a_body_that_raises_leaves_only_the_old_version(replacing, error, tmp_path):
     WRITERS[replacing.__name__.split("_")[1]](tmp_path / "x", "old")
     before = below(tmp_path)
     with pytest.raises(type(error)) as caught, replacing(tmp_path / "x") as temporary:
@@ -78,7 +78,7 @@ def test_a_body_that_raises_leaves_the_old_one_and_nothing_else(replacing, error
     assert below(tmp_path) == before
 
 
-def test_a_body_that_makes_nothing_is_an_error_and_the_old_folder_stays(tmp_path):
+def test_a_body_that_writes_nothing_is_an_error_and_the_old_folder_stays(tmp_path):
     write_folder(tmp_path / "x", "old")
     with pytest.raises(FileNotFoundError), atomic.replacing_folder(tmp_path / "x"):
         pass
@@ -92,7 +92,7 @@ class ForeignError(Exception):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("kind", [OSError, ForeignError])
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
-def test_a_full_disk_is_an_error_of_the_target_whatever_writes_it(replacing, kind, number, tmp_path):
+def test_a_full_disk_is_reported_for_the_target_whatever_writes_it(replacing, kind, number, tmp_path):
     WRITERS[replacing.__name__.split("_")[1]](tmp_path / "x", "old")
     before = below(tmp_path)
     said = (number, os.strerror(number), ".x.part0/y") if kind is OSError else (f"I/O: {os.strerror(number)} (os)",)
@@ -103,7 +103,7 @@ def test_a_full_disk_is_an_error_of_the_target_whatever_writes_it(replacing, kin
 
 
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
-def test_an_error_without_a_reason_means_a_full_disk_only_where_it_is(replacing, tmp_path):
+def test_an_error_without_a_reason_means_a_full_disk_only_if_it_is_full(replacing, tmp_path):
     def fails():
         with replacing(tmp_path / "x") as temporary:
             if replacing is atomic.replacing_folder:
@@ -166,7 +166,7 @@ DIES = """if True:
 
 
 @pytest.mark.parametrize("kind, can_exchange", [("file", True), ("folder", True), ("folder", False), ("files", True)])
-def test_a_writer_dying_at_any_operation_leaves_the_old_or_the_new_whole(kind, can_exchange, tmp_path):
+def test_a_writer_dying_at_any_operation_leaves_the_old_or_the_new_version(kind, can_exchange, tmp_path):
     environment, pipe = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, subprocess.PIPE
     command = [sys.executable, "-c", DIES, kind, str(tmp_path), str(can_exchange)]
     found, status = set(), 99
@@ -195,7 +195,7 @@ def test_a_writer_dying_at_any_operation_leaves_the_old_or_the_new_whole(kind, c
     assert found == {"old", "new"} and moment >= 5
 
 
-def test_a_folder_put_aside_by_a_dead_writer_survives_a_failing_one(tmp_path):
+def test_a_folder_set_aside_by_a_dead_writer_survives_a_failing_writer(tmp_path):
     write_folder(tmp_path / "x", "old")
     (tmp_path / ".x.part2").mkdir()
     (tmp_path / "x").rename(tmp_path / ".x.part2" / "old")
@@ -204,7 +204,7 @@ def test_a_folder_put_aside_by_a_dead_writer_survives_a_failing_one(tmp_path):
     assert below(tmp_path) == RESULTS["folder"]("old")
 
 
-def test_a_folder_that_a_living_writer_has_put_aside_stays_with_it(tmp_path):
+def test_recovery_does_not_take_a_folder_from_a_running_writer(tmp_path):
     with atomic.replacing_folder(tmp_path / "x") as new:
         new.mkdir()
         (new.parent / "old").mkdir()
@@ -213,7 +213,7 @@ def test_a_folder_that_a_living_writer_has_put_aside_stays_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_writers_of_one_target_at_the_same_time_do_not_mix(kind, tmp_path):
+def test_simultaneous_writers_of_one_target_do_not_mix(kind, tmp_path):
     target, errors, stop = tmp_path / "x", [], threading.Event()
     WRITERS[kind](target, "0" * 1000)
 
@@ -245,7 +245,7 @@ def test_writers_of_one_target_at_the_same_time_do_not_mix(kind, tmp_path):
         assert len({text for text in found.values()}) == 1 and len(set("".join(found.values()))) == 1
 
 
-def test_the_temporary_of_a_living_writer_is_left_alone(tmp_path):
+def test_the_temporary_file_of_a_running_writer_is_kept(tmp_path):
     with atomic.replacing_file(tmp_path / "x") as first:
         first.write_text("first")
         with atomic.replacing_file(tmp_path / "x") as second:

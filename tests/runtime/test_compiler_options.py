@@ -15,7 +15,7 @@ def asked_anew():
     parallel.compiler_options.cache_clear()
 
 
-def test_programs_for_a_cpu_compile_with_its_options_and_others_have_none(asked_anew):
+def test_only_programs_for_cpus_are_compiled_with_options(asked_anew):
     options = parallel.compiler_options("cpu")
     assert options, "this XLA refuses the option"
     double = jax.jit(lambda x: 2 * x, compiler_options=options)
@@ -26,7 +26,7 @@ def test_programs_for_a_cpu_compile_with_its_options_and_others_have_none(asked_
     assert parallel.compiler_options("gpu") is None and parallel.compiler_options("tpu") is None
 
 
-def test_an_xla_that_does_not_know_the_option_goes_without(asked_anew, monkeypatch):
+def test_an_xla_without_the_option_compiles_without_it(asked_anew, monkeypatch):
     given = []
 
     def as_if_unknown(function, *, compiler_options):

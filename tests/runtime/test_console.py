@@ -57,7 +57,7 @@ def both_streams(monkeypatch, stream):
     return stream
 
 
-def test_prose_is_wrapped_and_indented_lines_stay_as_they_are(capsys):
+def test_prose_is_wrapped_and_indented_lines_are_kept(capsys):
     console.say("word " * 30 + "\n  a  table   of lines" + "x" * 80)
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines[:2]) and lines[2] == "  a  table   of lines" + "x" * 80
@@ -66,14 +66,14 @@ def test_prose_is_wrapped_and_indented_lines_stay_as_they_are(capsys):
 
 
 @pytest.mark.parametrize("text", ["é 中 😀 ü", "a\x1b[2Jb", "tab\there", "bytes \udcff", "c1 \x9b31m"])
-def test_control_characters_are_shown_and_all_others_are_kept(text, capsys):
+def test_control_characters_are_escaped_and_all_others_are_kept(text, capsys):
     console.say(text)
     shown = capsys.readouterr().out
     assert shown.isprintable() or shown[:-1].isprintable()
     assert (shown == f"{text}\n") == text.isprintable()
 
 
-def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock, monkeypatch):
+def test_without_a_terminal_a_line_is_printed_every_ten_seconds(clock, monkeypatch):
     pipe = both_streams(monkeypatch, io.StringIO())
     with ProgressBar("checking", 12, "images") as progress:
         for _ in range(12):
@@ -87,7 +87,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock, monkeypatch
     ]
 
 
-def test_the_rate_does_not_count_the_first_which_compiles(clock):
+def test_the_rate_does_not_count_the_first_item_which_compiles(clock):
     progress = ProgressBar("", 5, "images")
     clock.now = 60.0
     progress.advance()
@@ -97,7 +97,7 @@ def test_the_rate_does_not_count_the_first_which_compiles(clock):
     assert progress.rate == 2 and progress.count == 5
 
 
-def test_notes_and_the_time_left_can_be_given_and_a_line_can_be_asked_for(clock, monkeypatch):
+def test_notes_the_time_left_and_an_immediate_line_can_be_requested(clock, monkeypatch):
     pipe = both_streams(monkeypatch, io.StringIO())
     progress = ProgressBar("step", 9, start=3)
     progress.advance(1, notes=["loss 1.5", "4.0 img/s"], left=120.0, now=True)
@@ -105,7 +105,7 @@ def test_notes_and_the_time_left_can_be_given_and_a_line_can_be_asked_for(clock,
     assert pipe.getvalue().splitlines() == ["step 4/9  loss 1.5  4.0 img/s  2.0 min left", "step 9/9"]
 
 
-def test_a_number_that_nobody_knows_and_bytes_are_counted_too(clock, monkeypatch):
+def test_items_of_unknown_number_and_bytes_are_counted(clock, monkeypatch):
     pipe = both_streams(monkeypatch, io.StringIO())
     for arguments, number in ((("", None, "frames"), 7), (("unpacking {x}.tar.gz", 3 * 2**20, "B"), 2**20)):
         progress = ProgressBar(*arguments)
@@ -143,7 +143,7 @@ def test_lines_are_printed_above_the_bar(monkeypatch):
     assert terminal.getvalue().endswith("afterwards\n")
 
 
-def test_items_and_the_bar_count_as_the_next_item_is_asked_for(monkeypatch):
+def test_the_bar_advances_when_the_next_item_is_requested(monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
     progress = ProgressBar("", 3, "images")
     seen = []
@@ -156,7 +156,7 @@ def test_items_and_the_bar_count_as_the_next_item_is_asked_for(monkeypatch):
     assert console._bars == []
 
 
-def test_of_several_processes_one_shows_it(clock, monkeypatch):
+def test_only_one_of_several_processes_shows_the_bar(clock, monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
     monkeypatch.setattr(distributed, "is_lead", lambda: False)
     with ProgressBar("checking", 3, "images") as progress:
@@ -200,7 +200,7 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("text", UNSEEN.values(), ids=UNSEEN)
-def test_characters_that_steer_a_terminal_or_cannot_be_seen_are_escaped(text, capsys):
+def test_control_and_invisible_characters_are_escaped(text, capsys):
     console.say(text)
     printed = capsys.readouterr().out.removesuffix("\n")
     assert printed.isprintable() and "\\" in printed
@@ -209,24 +209,24 @@ def test_characters_that_steer_a_terminal_or_cannot_be_seen_are_escaped(text, ca
 
 
 @pytest.mark.parametrize("text", ["Straße", "道路", "🚗", "طريق", "e\u0301", "a\u00a0b", "C:\\x"])
-def test_letters_of_any_language_are_printed_as_they_are(text, capsys):
+def test_letters_of_any_language_are_printed_unchanged(text, capsys):
     console.say(text)
     assert capsys.readouterr().out == f"{text}\n"
 
 
 @given(st.text(st.characters(exclude_categories=[]), max_size=60), st.integers(4, 30))
-def test_a_cell_of_a_table_has_its_width_whatever_the_name(name, width):
+def test_a_cell_of_a_table_has_its_width_for_any_name(name, width):
     cell = console.cell(name, width)
     assert console.columns(cell) == width and "\n" not in cell and console.printable(cell) == cell
 
 
 @pytest.mark.parametrize("name", ["x" * 10_000_000, "道" * 1000, "é" * 300 + "\n" * 300])
-def test_a_long_name_is_shortened_in_its_middle(name):
+def test_a_long_name_is_shortened_in_the_middle(name):
     text = console.one_line(name, most=31)
     assert 29 <= console.columns(text) <= 31 and "…" in text and text[0] == name[0]
 
 
-def test_wide_letters_count_twice_where_text_is_wrapped(capsys):
+def test_wide_letters_count_as_two_columns_in_wrapping(capsys):
     console.say("道路 " * 40)
     lines = capsys.readouterr().out.splitlines()
     # A word and its space are five columns.
@@ -234,7 +234,7 @@ def test_wide_letters_count_twice_where_text_is_wrapped(capsys):
 
 
 @pytest.mark.parametrize("encoding, printed", [("ascii", b"\\xe9 \\u9053"), ("latin-1", b"\xe9 \\u9053")])
-def test_what_a_terminal_cannot_encode_is_printed_as_escapes(encoding, printed):
+def test_characters_that_a_terminal_cannot_encode_are_escaped(encoding, printed):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console.say("é 道", to=terminal)
     assert terminal.buffer.getvalue() == printed + b"\n"
@@ -247,7 +247,7 @@ def test_a_bar_is_labelled_on_one_line(clock, capsys):
     assert "unpacking a\\nb\\x1b[2J 1/9 images" in capsys.readouterr().out
 
 
-def test_library_warnings_go_to_a_log_and_errors_to_the_terminal_too(tmp_path, capsys):
+def test_library_warnings_go_to_a_log_and_errors_also_to_the_terminal(tmp_path, capsys):
     with warnings.catch_warnings(), console.libraries_to(tmp_path / "log"):
         warnings.simplefilter("always")
         warnings.warn("a cache \x1b[2J\udc80", UserWarning, stacklevel=1)
@@ -262,7 +262,7 @@ def test_library_warnings_go_to_a_log_and_errors_to_the_terminal_too(tmp_path, c
     assert capsys.readouterr() == ("", "") and not (tmp_path / "no folder").exists()
 
 
-def test_training_progress_moves_by_time_and_its_last_line_comes_once(clock, capsys):
+def test_training_progress_is_printed_by_time_and_its_last_line_once(clock, capsys):
     Clock.now = 0.0
     with Progress(0, 4) as bar:
         meter = Meter(2)

@@ -113,14 +113,14 @@ def test_two_processes_end_with_the_weights_of_one(of_two, of_one):
     assert_same_run(of_two[0], of_one)
 
 
-def test_the_first_process_speaks_for_both(of_two):
+def test_only_the_first_process_prints(of_two):
     (_, first, _), (_, second, _) = of_two[1]
     assert "4 x cpu of 2 processes, jit" in first and "mIoU" in first
     assert "mIoU" not in second and "step" not in second
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_in_one(of_two, of_one, config_file, tmp_path):
+def test_a_run_of_two_processes_continues_in_one(of_two, of_one, config_file, tmp_path):
     shutil.copytree(of_two[0] / "checkpoints" / "3", tmp_path / "run" / "checkpoints" / "3")
     shutil.copy(of_two[0] / "metrics.jsonl", tmp_path / "run")
     (result,) = run(config_file, tmp_path / "run", 1)
@@ -129,13 +129,13 @@ def test_a_run_of_two_processes_goes_on_in_one(of_two, of_one, config_file, tmp_
 
 
 @pytest.mark.slow
-def test_pmap_in_two_processes_is_jit_in_one(of_one, config_file, tmp_path):
+def test_pmap_in_two_processes_equals_jit_in_one(of_one, config_file, tmp_path):
     run(config_file, tmp_path / "run", 2, "--config.parallel=pmap")
     assert_same_run(tmp_path / "run", of_one)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_after_a_save(config_file, tmp_path):
+def test_a_signal_to_one_process_stops_both_after_saving(config_file, tmp_path):
     running = started(config_file, tmp_path / "run", 2, "--config.train.steps=100000", "--config.eval.every=0")
     while not (line := running[0].stdout.readline()).startswith("step "):
         assert line or running[0].poll() is None, running[0].stderr.read()

@@ -10,7 +10,7 @@ from segjax.runtime import environment
 @pytest.mark.parametrize(
     "platforms, kept", [(None, None), ("", ""), ("cpu", "cpu"), ("cuda", "cuda,cpu"), ("cuda,cpu", "cuda,cpu")]
 )
-def test_the_cpu_stays_beside_whatever_platform_is_asked_for(platforms, kept, monkeypatch):
+def test_the_cpu_platform_stays_available_next_to_any_requested_one(platforms, kept, monkeypatch):
     config = SimpleNamespace(jax_platforms=platforms)
     config.update = lambda name, value: setattr(config, name, value)
     monkeypatch.setattr(environment, "jax", SimpleNamespace(config=config))
@@ -19,7 +19,7 @@ def test_the_cpu_stays_beside_whatever_platform_is_asked_for(platforms, kept, mo
 
 
 @pytest.mark.parametrize("given, kept", [(None, 0.1), ("3", 1.0)])
-def test_programs_of_a_tenth_of_a_second_are_cached_by_default(given, kept, monkeypatch):
+def test_programs_that_compile_in_a_tenth_of_a_second_are_cached(given, kept, monkeypatch):
     name = "jax_persistent_cache_min_compile_time_secs"
     settings = {name: 1.0}
     monkeypatch.setattr(environment, "jax", SimpleNamespace(config=SimpleNamespace(update=settings.__setitem__)))

@@ -33,7 +33,7 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_a_second_process_learns_who_holds_a_lock_and_what_it_can_do(holder, tmp_path):
+def test_a_second_process_is_told_who_holds_a_lock_and_the_remedy(holder, tmp_path):
     with (
         pytest.raises(lock.HeldError) as caught,
         lock.held(tmp_path / "sub" / "lock", what="runs/a", remedy="give another --workdir"),
@@ -55,7 +55,7 @@ def test_the_death_of_its_holder_frees_a_lock(holder, number, tmp_path):
     assert list((tmp_path / "sub").iterdir()) == []
 
 
-def test_of_many_threads_one_at_a_time_holds_a_lock(tmp_path):
+def test_only_one_thread_at_a_time_holds_a_lock(tmp_path):
     inside, most, rounds = [0], [0], []
 
     def take():
@@ -77,7 +77,7 @@ def test_of_many_threads_one_at_a_time_holds_a_lock(tmp_path):
     assert most == [1] and not (tmp_path / "a" / "lock").exists()
 
 
-def test_empty_folders_that_were_made_are_removed_at_the_end(tmp_path):
+def test_empty_folders_made_for_a_lock_are_removed_at_the_end(tmp_path):
     with pytest.raises(ValueError), lock.held(tmp_path / "a" / "b" / "lock", what="it", remedy=""):
         assert (tmp_path / "a" / "b").is_dir()
         raise ValueError
@@ -87,7 +87,7 @@ def test_empty_folders_that_were_made_are_removed_at_the_end(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["result"]
 
 
-def test_without_locks_of_the_file_system_the_work_goes_on(tmp_path, monkeypatch):
+def test_without_file_system_locks_the_work_continues(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -99,7 +99,7 @@ def test_without_locks_of_the_file_system_the_work_goes_on(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_no_file_can_be_made_the_body_reports_why(tmp_path):
+def test_if_no_lock_file_can_be_made_the_body_reports_the_reason(tmp_path):
     (tmp_path / "file").write_text("kept")
     with (
         pytest.raises(NotADirectoryError, match="of the body"),
@@ -109,7 +109,7 @@ def test_where_no_file_can_be_made_the_body_reports_why(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_link_in_place_of_a_lock_is_not_written_through(tmp_path):
+def test_a_link_in_place_of_a_lock_file_is_not_written_through(tmp_path):
     (tmp_path / "elsewhere").write_text("kept")
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with lock.held(tmp_path / "lock", what="it", remedy=""):

@@ -80,17 +80,17 @@ MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable: 7 kB\n
         ),
     ],
 )
-def test_a_cpu_has_what_is_available_within_the_limit_of_its_group(files, expected, machine):
+def test_a_cpu_has_the_available_memory_within_its_cgroup_limit(files, expected, machine):
     machine(files)
     assert memory.limit(Device()) == memory.host() == expected
     assert memory.limit(Device(), shared_by=2) == expected // 2
 
 
-def test_this_machine_has_some():
+def test_the_memory_of_this_machine_is_measured():
     assert memory._held() > 1 << 20 and (memory.limit(Device()) or 1 << 30) > memory._held()
 
 
-def test_errors_of_too_little_memory_are_known_and_no_others():
+def test_only_out_of_memory_errors_are_recognised_as_such():
     assert memory.is_exhausted(MemoryError())
     assert memory.is_exhausted(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."))
     assert not memory.is_exhausted(RuntimeError("INTERNAL: memory"))
@@ -109,7 +109,7 @@ def test_donated_arguments_are_counted_once():
     assert memory.needed(Compiled()) == 1000 + 90 + 300 - 200
 
 
-def test_what_does_not_fit_is_an_error_of_both_numbers(machine):
+def test_exceeding_the_memory_is_an_error_with_both_sizes(machine):
     machine({"proc/meminfo": "MemAvailable: 2097152 kB\n"})
     memory.refuse_too_large(2 * 2**30 + 50, [Device()], what="a crop")
     memory.refuse_too_large(None, [Device()], what="a crop")

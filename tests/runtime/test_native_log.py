@@ -49,7 +49,7 @@ def ended(body, **settings):
     return subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, **settings)
 
 
-def test_records_go_to_the_log_and_everything_else_to_the_terminal(tmp_path):
+def test_log_records_go_to_the_log_and_other_output_to_the_terminal(tmp_path):
     log = tmp_path / "a\nb.log"
     body = f"""
 write({FEATURES!r})
@@ -77,7 +77,7 @@ CRASHES = {
 
 
 @pytest.mark.parametrize("name", CRASHES)
-def test_a_crash_prints_what_was_logged_last(name):
+def test_a_crash_prints_the_last_log_lines(name):
     code, status = CRASHES[name]
     done = ended(f"for _ in range(100): write({FEATURES!r})\nwrite({ALARM!r})\nwrite(b'Check failed')\n{code}")
     assert done.returncode == status and b"Check failed" in done.stderr
@@ -85,7 +85,7 @@ def test_a_crash_prints_what_was_logged_last(name):
     assert set(ALARM.splitlines()) <= set(lines) and len(lines) < 60
 
 
-def test_an_error_of_no_known_kind_comes_with_what_was_logged_last():
+def test_an_unknown_error_is_printed_with_the_last_log_lines():
     body = f"""
 from segjax.commands.ending import run_command
 def fails():
@@ -97,7 +97,7 @@ sys.exit(run_command("segjax try", fails))
     assert done.returncode == 1 and b"Traceback" in done.stderr and ALARM.splitlines()[0] in done.stderr
 
 
-def test_stderr_stays_a_terminal_and_a_second_signal_ends_the_process():
+def test_stderr_is_still_a_terminal_and_a_second_signal_ends_the_process():
     ours, theirs = os.openpty()
     body = f"""
 import signal, time
@@ -119,7 +119,7 @@ sys.exit(signals.run_process("segjax try", run))
     assert b"stopped at once" in told and b"Constant folding" not in told
 
 
-def test_a_process_without_stderr_is_left_alone():
+def test_a_process_without_stderr_works():
     closed = subprocess.run(
         ["sh", "-c", f"{sys.executable} -m segjax --version 2>&-"],
         env=os.environ | {"PYTHONPATH": str(REPO)},

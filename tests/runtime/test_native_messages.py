@@ -16,7 +16,7 @@ def native(text):
     os.write(2, text.encode())
 
 
-def test_lines_are_returned_and_others_are_passed_on(capfd):
+def test_known_lines_are_returned_and_others_are_passed_on(capfd):
     def call():
         native("Corrupt JPEG data: 7 extraneous bytes before marker 0xd9\n")
         native("\r 40% of the images")
@@ -32,7 +32,7 @@ def test_lines_are_returned_and_others_are_passed_on(capfd):
     assert capfd.readouterr().err == "after\n"
 
 
-def test_an_error_in_the_function_is_raised_and_the_descriptor_restored(capfd):
+def test_a_functions_error_is_raised_and_the_descriptor_restored(capfd):
     def call():
         native("libpng error: no\n")
         raise ValueError("no")
@@ -43,7 +43,7 @@ def test_an_error_in_the_function_is_raised_and_the_descriptor_restored(capfd):
     assert capfd.readouterr().err == "after\n"
 
 
-def test_a_message_belongs_to_its_own_call_among_threads(capfd):
+def test_a_message_is_assigned_to_the_call_of_its_own_thread(capfd):
     everybody = threading.Barrier(4, timeout=20)
     first = threading.local()
 
@@ -106,7 +106,7 @@ def test_a_silenced_body_prints_nothing_and_a_forked_child_prints_again():
     assert done.stderr == "libpng warning: of the child\n"
 
 
-def test_a_process_without_stderr_is_left_alone():
+def test_a_process_without_stderr_works():
     code = (
         "import os; os.close(2)\nfrom segjax.runtime import native_messages\nprint(native_messages.captured(lambda: 3))"
     )
@@ -119,7 +119,7 @@ def _descriptors():
 
 
 @pytest.mark.parametrize("has_memory", [True, False])
-def test_no_call_goes_on_without_what_is_printed(has_memory, monkeypatch, capfd):
+def test_a_function_is_not_called_unless_its_messages_can_be_captured(has_memory, monkeypatch, capfd):
     def refuse(*_, **__):
         raise FileNotFoundError("no usable temporary folder")
 
@@ -141,7 +141,7 @@ def test_no_call_goes_on_without_what_is_printed(has_memory, monkeypatch, capfd)
     assert capfd.readouterr().err == "after\n"
 
 
-def test_without_files_in_memory_there_is_one_in_a_folder(monkeypatch):
+def test_without_memory_files_a_temporary_file_is_used(monkeypatch):
     monkeypatch.setattr(native_messages, "_file", None)
     monkeypatch.delattr(os, "memfd_create")
     assert native_messages.captured(lambda: native("libpng error: no\n"))[1] == ["libpng error: no"]

@@ -150,7 +150,7 @@ def test_training_on_four_devices_equals_training_on_one(kind, family, float64):
 
 
 @pytest.mark.parametrize("family", FAMILY)
-def test_training_moves_weights_far_more_than_they_may_differ(family, float64):
+def test_training_changes_weights_far_more_than_the_tolerance(family, float64):
     params, batch_stats = tiny_functional(parallel_of("jit", 1), family=family).arrays()
     _, state, scalars = trained("jit", 1, family)
     for before, after in ((params, state.params), (batch_stats, state.batch_stats)):
@@ -205,14 +205,14 @@ def test_shard_map_trains_layers_in_float32_to_the_same_bits_as_pmap(seed):
     assert all((found[0].params[name] != start[name]).any() for name in ("conv.kernel", "bn.scale", "pred.bias"))
 
 
-def test_pmap_is_jax_pmap_where_there_is_one_and_else_shard_map(monkeypatch):
+def test_pmap_uses_jax_pmap_if_it_exists_and_otherwise_shard_map(monkeypatch):
     assert type(parallel_for("jit")) is JitParallel and type(parallel_for("pmap")) is PmapParallel
     monkeypatch.delattr(jax, "pmap")
     assert type(parallel_for("jit")) is JitParallel and type(parallel_for("pmap")) is ShardMapParallel
     assert [parallel_for(kind).kind for kind in ("jit", "pmap")] == ["jit", "pmap"]
 
 
-def test_a_layer_that_ignores_pmaps_axis_trains_to_something_else(float64, monkeypatch):
+def test_a_layer_that_ignores_the_axis_of_pmap_trains_differently(float64, monkeypatch):
     monkeypatch.setattr(segnext, "TRAINING_STEPS", 1)
     # The trap that axis_name is there for: statistics, masks and bases of each device's own part of the batch.
     expected, _ = trained_layers("jit", 1)
@@ -222,7 +222,7 @@ def test_a_layer_that_ignores_pmaps_axis_trains_to_something_else(float64, monke
         assert distance(state.params, expected.params) > 1e-3, forgotten
 
 
-def test_under_pmap_all_devices_hold_the_same_state(float64):
+def test_under_pmap_all_devices_have_the_same_state(float64):
     state, _, _ = trained("pmap", 4)
     for array in jax.tree.leaves(state):
         copies = np.asarray(array)
@@ -230,7 +230,7 @@ def test_under_pmap_all_devices_hold_the_same_state(float64):
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
 
 
-def test_every_layer_drops_by_a_key_of_its_own_that_changes_with_the_step():
+def test_every_layer_drops_with_its_own_key_that_changes_with_the_step():
     functional = FunctionalModel(tiny_model(0, drop_path_rate=0.5, dropout_rate=0.5))
     params, batch_stats = functional.arrays()
 
@@ -251,7 +251,7 @@ def test_every_layer_drops_by_a_key_of_its_own_that_changes_with_the_step():
     assert len(set(patterns)) == 2 * 7
 
 
-def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
+def test_the_loss_is_the_mean_over_all_pixels_and_not_over_devices(float64):
     # One device whose pixels are all ignored, one with a single row: their means must not count as much as the others'.
     logits = np.random.default_rng(0).standard_normal((5,))
     split = make_split(8, (32, 40), 1)
@@ -290,7 +290,7 @@ def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
         np.testing.assert_allclose(scalars["gradient_norm"], np.linalg.norm(gradient), rtol=1e-12)
 
 
-def test_the_auxiliary_loss_counts_by_its_weight_in_loss_and_update(float64):
+def test_the_auxiliary_loss_has_its_weight_in_loss_and_update(float64):
     parallel = parallel_of("jit", 1)
     functional = tiny_functional(parallel, family="ocr")
     split = make_split(2, (32, 40), 1)
@@ -355,7 +355,7 @@ def test_batch_norm_uses_the_statistics_of_the_whole_batch(kind, devices, seed, 
     np.testing.assert_allclose(var, 0.8 + 0.2 * x.var(over, ddof=1), rtol=1e-12)
 
 
-def test_evaluation_is_the_same_on_one_device_and_on_four(float64):
+def test_evaluation_is_equal_on_one_and_on_four_devices(float64):
     split = make_split(6, (40, 48), 2)
     results = []
     for kind, devices in KINDS:
@@ -374,7 +374,7 @@ def test_evaluation_is_the_same_on_one_device_and_on_four(float64):
     assert (results[0][0].sum(0) > 0).all()
 
 
-def test_evaluation_counts_what_a_plain_loop_over_images_counts():
+def test_evaluation_counts_equal_those_of_a_plain_loop_over_images():
     split = make_split(7, (6, 9), 3)
     guesses = np.random.default_rng(0).integers(0, 5, (7, 6, 9)).astype(np.uint8)
 
@@ -398,7 +398,7 @@ def test_an_evaluation_split_without_images_is_refused_by_name():
 
 
 @pytest.mark.parametrize("kind, expected", [("jit", None), ("pmap", AXIS)])
-def test_the_model_of_a_run_is_told_the_axis(kind, expected):
+def test_the_model_of_a_run_gets_the_axis_name(kind, expected):
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
     functional = functional_model(config, 5, axis_name=parallel_for(kind).axis_name)

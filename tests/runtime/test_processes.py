@@ -49,7 +49,7 @@ def of_one():
 
 @pytest.mark.parametrize("kind", processes.KINDS)
 @pytest.mark.parametrize("way", ["streamed", "resident"])
-def test_training_in_two_processes_is_that_in_one(kind, way, of_two, of_one):
+def test_training_in_two_processes_equals_that_in_one(kind, way, of_two, of_one):
     (weights, losses), (_, initial_loss) = of_one[way], of_one["resident"]
     assert weights == of_one["resident"][0] and losses == initial_loss and len(set(losses)) == processes.STEPS
     for of_process in of_two:
@@ -60,7 +60,7 @@ def test_training_in_two_processes_is_that_in_one(kind, way, of_two, of_one):
 
 
 @pytest.mark.parametrize("kind", processes.KINDS)
-def test_a_process_reads_the_rows_of_its_own_devices_alone(kind, of_two, of_one):
+def test_a_process_reads_only_the_rows_of_its_own_devices(kind, of_two, of_one):
     assert [of_process[kind]["rows"] for of_process in of_two] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert of_one["rows"] == list(range(8))
     for of_process in of_two:
@@ -69,7 +69,7 @@ def test_a_process_reads_the_rows_of_its_own_devices_alone(kind, of_two, of_one)
 
 
 @pytest.mark.parametrize("kind", processes.KINDS)
-def test_the_evaluation_of_two_processes_is_that_of_one_and_both_know_it(kind, of_two, of_one):
+def test_evaluation_in_two_processes_equals_that_in_one_in_both(kind, of_two, of_one):
     records = processes.Noise()
     expected = np.zeros((5, 5), np.int64)
     for image, label in records.pairs:

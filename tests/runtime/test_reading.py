@@ -29,7 +29,7 @@ class Known(TypedDict):
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "folder"])
-def test_what_is_no_file_is_refused_by_kind_at_once(tmp_path, kind):
+def test_fifos_sockets_and_devices_are_refused_at_once(tmp_path, kind):
     path = tmp_path / "x"
     if kind == "FIFO":
         os.mkfifo(path)
@@ -73,7 +73,7 @@ def test_a_file_is_read_through_links_up_to_its_limit(tmp_path):
         ('{"name": "a", "normalisation": {"mean": [NaN]}}', "normalisation.mean.0 should be a finite number, not nan"),
     ],
 )
-def test_json_of_other_types_names_file_and_key(tmp_path, text, fault):
+def test_json_of_wrong_types_is_refused_with_file_and_key(tmp_path, text, fault):
     path = tmp_path / "f.json"
     path.write_text(text)
     with pytest.raises(UnreadableError) as caught:
@@ -81,14 +81,14 @@ def test_json_of_other_types_names_file_and_key(tmp_path, text, fault):
     assert str(caught.value).startswith(f"{path}: {fault}")
 
 
-def test_json_that_is_right_is_returned_as_it_stands():
+def test_valid_json_is_returned_unchanged():
     content = {"name": "ä", "normalisation": {"mean": [1, 2.5], "more": None}, "other": [True]}
     assert reading.checked(content, Known, name="f") is content
     with_mark = '{"name": "ä"}'.encode("utf-8-sig")
     assert reading.parse_json(with_mark, Known, name="f") == {"name": "ä"}
 
 
-def test_the_home_of_an_unknown_user_is_refused(tmp_path, monkeypatch):
+def test_the_home_folder_of_an_unknown_user_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reading.user_path("~/a") == tmp_path / "a" and reading.user_path("a/~b") == Path("a/~b")
     with pytest.raises(reading.UnreadableError, match=r"~nobody9/x: there is no user 'nobody9'.*\./~nobody9/x"):
@@ -109,13 +109,13 @@ def test_the_home_of_an_unknown_user_is_refused(tmp_path, monkeypatch):
         lambda: (lambda a, b: None)(*[1, 2, 3]),
     ],
 )
-def test_pythons_own_words_are_not_stated_as_the_reason(fault):
+def test_pythons_error_messages_are_not_given_as_the_reason(fault):
     with pytest.raises(Exception) as caught:
         fault()
     assert reading.stated(caught.value) == "a value in it does not fit"
 
 
-def test_the_reason_of_a_library_is_stated_on_one_line():
+def test_the_reason_of_a_library_is_given_in_one_line():
     with pytest.raises(zlib.error) as caught:
         zlib.decompress(b"not deflated")
     assert reading.stated(caught.value) == str(caught.value) and "header" in str(caught.value)

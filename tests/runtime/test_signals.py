@@ -74,7 +74,7 @@ def test_a_signal_ends_a_process_with_one_line_and_its_status(body, number, stat
 NATIVE = "ready()\nhashlib.pbkdf2_hmac('sha256', b'word', b'salt', 10**9)"
 
 
-def test_during_native_code_one_signal_is_answered_and_a_second_ends_it():
+def test_in_native_code_a_signal_is_acknowledged_and_a_second_one_ends_it():
     process = started(NATIVE)
     # From "ready" to the native code.
     time.sleep(0.5)
@@ -86,12 +86,12 @@ def test_during_native_code_one_signal_is_answered_and_a_second_ends_it():
     assert ended(process, signal.SIGTERM, within=2) == (143, "segjax try: stopped at once\n")
 
 
-def test_a_signal_in_a_callback_at_exit_is_not_lost():
+def test_a_signal_in_an_exit_callback_is_not_lost():
     process = started("import atexit\natexit.register(lambda: (ready(), time.sleep(60)))")
     assert ended(process, signal.SIGTERM) == (143, "segjax try: stopped\n")
 
 
-def test_before_and_after_a_command_a_signal_raises_no_exception():
+def test_outside_a_command_a_signal_raises_no_exception():
     body = "signals._is_raising = False\ntry:\n    ready()\n    time.sleep(60)\nfinally:\n    os.write(2, b'unwound')"
     assert ended(started(body), signal.SIGTERM) == (143, "segjax try: stopped\n")
 
@@ -112,7 +112,7 @@ time.sleep(60)
 """
 
 
-def test_the_import_of_a_native_module_ends_before_the_command_is_stopped():
+def test_a_signal_stops_the_command_after_the_import_of_a_native_module():
     assert ended(started(IMPORTS), signal.SIGINT) == (130, "imported\nsegjax try: stopped\n")
 
 
@@ -134,7 +134,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_after_the_body_signals_do_what_they_did_before():
+def test_after_the_body_the_previous_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     with signals.answered(lambda *_: seen.append(1), first="", second=""):
         seen = []
@@ -170,7 +170,7 @@ sys.meta_path.insert(0, Finder())
         ("segjax.train.loop", "train.py", ["--config=segformer:b0,streets", "--workdir=out"]),
     ],
 )
-def test_a_signal_while_modules_are_imported_ends_a_command_with_one_line(module, program, arguments, tmp_path):
+def test_a_signal_during_imports_ends_a_command_with_one_line(module, program, arguments, tmp_path):
     program = str(REPO / program) if program.endswith(".py") else program
     done = subprocess.run(
         [sys.executable, "-c", DURING, module, str(int(signal.SIGTERM)), program, *arguments],

@@ -35,7 +35,7 @@ def metadata_of(workdir):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint16"), (4, "uint8"), (13, "float32")])
-def test_a_run_keeps_channels_and_statistics_for_everything_that_follows(tmp_path, channels, dtype):
+def test_a_run_keeps_channels_and_statistics_for_later_commands(tmp_path, channels, dtype):
     made = folder(tmp_path / "given", channels, dtype, suffix=".tif")
     status, printed = run(make_config(tmp_path), tmp_path / "run")
     text = " ".join(printed.split())
@@ -58,7 +58,7 @@ def test_a_run_keeps_channels_and_statistics_for_everything_that_follows(tmp_pat
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(2, "uint16")])
-def test_streamed_runs_end_with_the_weights_of_those_in_memory(tmp_path, channels, dtype):
+def test_streamed_runs_end_with_the_weights_of_resident_ones(tmp_path, channels, dtype):
     folder(tmp_path / "given", channels, dtype)
     for name, changes in (("memory", {}), ("streamed", {"data__resident_gb": 0.0})):
         assert run(make_config(tmp_path, eval__every=0, **changes), tmp_path / name)[0] == 0
@@ -72,7 +72,7 @@ def built(config, workdir):
     return setup.build(config, workdir, None)
 
 
-def test_8_bit_rgb_is_normalised_by_imagenet_unless_measured(tmp_path):
+def test_8_bit_rgb_is_normalised_with_imagenets_statistics_by_default(tmp_path):
     made = folder(tmp_path / "given", 3, "uint8", suffix=".png")
     about = built(make_config(tmp_path), tmp_path / "auto")[0].metadata
     assert about["normalisation"]["mean"] == list(specs.IMAGENET_MEAN) and "image_dtype" not in about
@@ -83,7 +83,7 @@ def test_8_bit_rgb_is_normalised_by_imagenet_unless_measured(tmp_path):
     np.testing.assert_allclose(about["normalisation"]["std"], pixels.std(axis=0), rtol=1e-9)
 
 
-def test_a_run_starts_from_rgb_weights_and_says_how(tmp_path, capsys):
+def test_a_run_adapts_rgb_weights_and_prints_how(tmp_path, capsys):
     folder(tmp_path / "given", 4, "uint8")
     np.savez(tmp_path / "rgb.npz", **to_torch(tiny_model(3, num_classes=3)))
     run, state = built(make_config(tmp_path, init__checkpoint=str(tmp_path / "rgb.npz")), tmp_path / "run")
@@ -102,7 +102,7 @@ def test_a_run_starts_from_rgb_weights_and_says_how(tmp_path, capsys):
         ({"augment__on_device": "FILE:three"}, "on_device: .*three"),
     ],
 )
-def test_settings_for_other_images_are_refused(tmp_path, changes, words):
+def test_settings_for_other_kinds_of_images_are_refused(tmp_path, changes, words):
     folder(tmp_path / "given", 4, "uint16")
     (tmp_path / "hooks.py").write_text(
         "def three(key, image, label):\n    red, green, blue = image[..., 0], image[..., 1], image.T[2]\n"
@@ -134,7 +134,7 @@ def test_a_hook_for_four_channels_is_not_tried_with_three(tmp_path):
         check(streets, tmp_path / "other")
 
 
-def test_measured_statistics_need_data_that_are_prepared(tmp_path):
+def test_measured_statistics_need_prepared_data(tmp_path):
     config = segformer.get_config("b0,streets")
     config.model.update(SIZES)
     config.data.update(train_images=2, eval_images=1, size=(40, 64), normalisation="measured")

@@ -60,7 +60,7 @@ def steps_of(kind, devices, accumulate, taught=True):
     return run_steps(step, before, batches, parallel=parallel_for(kind, jax.devices()[:devices]))
 
 
-def test_the_loss_has_the_divergence_from_the_teachers_resized_logits(float64):
+def test_the_loss_includes_the_divergence_from_resized_teacher_logits(float64):
     _, plain = steps_of("jit", 1, 1, taught=False)
     states, scalars = steps_of("jit", 1, 1)
     images = np.asarray(normalise(make_batch(1)["image"]), float)
@@ -78,14 +78,14 @@ def test_the_loss_has_the_divergence_from_the_teachers_resized_logits(float64):
 
 
 @pytest.mark.parametrize("kind, devices, accumulate", [("jit", 1, 2), ("jit", 4, 1), ("pmap", 4, 2)])
-def test_devices_and_micro_batches_do_not_change_what_is_taught(kind, devices, accumulate, float64):
+def test_distillation_does_not_depend_on_devices_or_micro_batches(kind, devices, accumulate, float64):
     states, scalars = steps_of(kind, devices, accumulate)
     expected_states, expected_scalars = steps_of("jit", 1, 1)
     assert_close([one.params for one in states], [one.params for one in expected_states], 1e-10)
     assert_close(scalars, expected_scalars, 1e-10)
 
 
-def test_stacks_of_the_student_leave_a_teacher_of_the_same_names_alone():
+def test_stacking_the_student_does_not_change_a_teacher_of_equal_names():
     teacher = distillation.Teacher(tiny_model(1, "plain", depths=(1, 2, 1, 1)), DIVERGENCE)
     step, before = make_step(tiny_model(0, "plain", depths=(1, 2, 1, 1)), execution=layers.BlockExecution(scan_from=2))
     before = dataclasses.replace(before, teacher=teacher.arrays())
@@ -133,7 +133,7 @@ def saved(path, model, classes=None):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_teaches(family, tmp_path):
+def test_every_family_can_teach(family, tmp_path):
     path = saved(tmp_path / "teacher.safetensors", tiny_model(0, family))
     teacher = teacher_from(path, classes_of(*"abcde"))
     assert teacher.divergence == losses.Divergence(channel_wise=3.0, pixel_wise=0.0, temperature=4.0)
@@ -142,7 +142,7 @@ def test_every_family_teaches(family, tmp_path):
     assert total.shape == () and total.dtype == jnp.float32
 
 
-def test_a_teacher_sees_images_in_its_own_normalisation(tmp_path):
+def test_a_teacher_gets_images_in_its_own_normalisation(tmp_path):
     model = tiny_model(0)
     path = saved(tmp_path / "teacher.safetensors", model)
     mean, std = (10.0, 20.0, 30.0), (2.0, 3.0, 4.0)
@@ -174,7 +174,7 @@ def test_a_teacher_that_does_not_fit_is_refused(classes, crop, images, message, 
     assert str(caught.value).startswith(f"config.loss.distill={path}: ")
 
 
-def test_a_teacher_among_several_sets_of_weights_needs_a_file(tmp_path):
+def test_a_teacher_in_a_file_with_several_weight_sets_is_refused(tmp_path):
     weights = segjax.to_torch(tiny_model(0))
     both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in weights.items()}
     np.savez(tmp_path / "both.npz", **both)
@@ -184,7 +184,7 @@ def test_a_teacher_among_several_sets_of_weights_needs_a_file(tmp_path):
     teacher_from(tmp_path / "t.safetensors", classes_of(*"abcde"))
 
 
-def test_settings_that_teach_nothing_are_refused_before_anything_is_done(tmp_path):
+def test_useless_distillation_settings_are_refused_at_the_start(tmp_path):
     with pytest.raises(RunError, match=r"config\.loss\.distill: .*nowhere.* does not exist"):
         run(make_config(loss__distill=str(tmp_path / "nowhere")), tmp_path / "run")
     path = saved(tmp_path / "teacher.safetensors", tiny_model(0))

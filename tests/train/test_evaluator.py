@@ -45,7 +45,7 @@ def counted(folder, protocol):
 
 
 @pytest.mark.parametrize("name, parallel", [("slide", "jit"), ("slide", "pmap"), ("base size", "jit")])
-def test_a_run_is_evaluated_by_its_protocol_and_again_to_the_same_bits(name, parallel, tmp_path, capsys):
+def test_evaluation_of_a_run_follows_its_protocol_and_is_repeatable(name, parallel, tmp_path, capsys):
     protocol = Protocol(**SETTINGS[name])
     status, printed = run(with_protocol(SETTINGS[name], parallel=parallel, eval__every=3), tmp_path)
     assert status == 0 and f"evaluation {protocol}"[:60] in printed
@@ -62,14 +62,14 @@ def test_a_run_is_evaluated_by_its_protocol_and_again_to_the_same_bits(name, par
     assert again["mean_iou"] == best["mean_iou"] and again["step"] == best["step"]
 
 
-def test_a_run_older_than_protocols_is_evaluated_on_whole_images():
+def test_a_run_without_a_recorded_protocol_is_evaluated_on_whole_images():
     config = make_config()
     older = {name: config.eval[name] for name in ("batch", "every", "patience", "pictures")}
     assert Protocol.of(older) == Protocol.of(config.eval) == Protocol()
     assert Protocol.of({**older, "mode": "slide", "crop": [64, 32]}) == Protocol("slide", (64, 32), (48, 24))
 
 
-def test_a_finished_run_with_another_protocol_is_evaluated_anew(tmp_path, monkeypatch):
+def test_a_finished_run_is_evaluated_again_with_another_protocol(tmp_path, monkeypatch):
     run(make_config(eval__every=3), tmp_path)
     before = result_of(tmp_path)
     status, printed = run(with_protocol(SETTINGS["slide"], eval__every=3), tmp_path)
@@ -82,7 +82,7 @@ def test_a_finished_run_with_another_protocol_is_evaluated_anew(tmp_path, monkey
     assert "is finished" in " ".join(printed.split()) and result_of(tmp_path) == after
 
 
-def test_the_best_of_another_protocol_is_forgotten(tmp_path, monkeypatch):
+def test_the_best_score_of_another_protocol_is_discarded(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # At steps 2 and 4; then at 4 again, and at 6.
         scored(patch, 0.9, 0.8, 0.3, 0.2)
@@ -93,7 +93,7 @@ def test_the_best_of_another_protocol_is_forgotten(tmp_path, monkeypatch):
     assert orbax_folder.load_metadata(tmp_path / "best")["mean_iou"] == 0.3
 
 
-def test_images_too_small_for_the_model_once_they_are_scaled_are_refused(tmp_path):
+def test_images_that_scaling_makes_too_small_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"an image of 40x64 has no pixels at scale 0\.001"):
         run(make_config(eval__scales=(1.0, 0.001)), tmp_path)
 
@@ -113,7 +113,7 @@ def test_an_evaluation_too_large_for_memory_is_refused_before_training(tmp_path,
     assert list((tmp_path / "checkpoints").iterdir()) == [] and not (tmp_path / "result.json").exists()
 
 
-def test_memory_that_runs_out_in_evaluation_names_its_settings(tmp_path, monkeypatch):
+def test_running_out_of_memory_in_evaluation_names_its_settings(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 

@@ -46,7 +46,7 @@ def test_mixing_and_optax_do_not_depend_on_devices_or_micro_batches(kind, device
     assert changed(states[0].params, states[-1].params) == set(states[0].params)
 
 
-def test_only_a_step_that_mixes_permutes_the_batch(float64):
+def test_only_a_step_with_mixing_permutes_the_batch(float64):
     def program(**options):
         step, state = make_step(TwoHeads(), **options)
         return str(jax.make_jaxpr(step)(state, make_batch(0), jax.random.key(0)))
@@ -59,7 +59,7 @@ def test_only_a_step_that_mixes_permutes_the_batch(float64):
 
 
 @pytest.mark.one_python
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     config = make_config(
         augment__cutmix=0.4, augment__classmix=0.6, train__ema=0.9, train__steps=4, checkpoint__every=2
     )

@@ -103,7 +103,7 @@ def stop_in_evaluation(patch):
 # --------------------------------------------------------------------------------------------- what a run leaves behind
 
 
-def test_a_run_leaves_its_result_curve_predictions_and_checkpoints(finished):
+def test_a_run_writes_its_result_curve_predictions_and_checkpoints(finished):
     workdir, status, _ = finished
     assert status == 0
     assert sorted(path.name for path in workdir.iterdir()) == [
@@ -121,7 +121,7 @@ def test_a_run_leaves_its_result_curve_predictions_and_checkpoints(finished):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_the_result_says_what_was_reached_and_with_which_settings(finished):
+def test_the_result_has_the_figures_and_the_settings(finished):
     result = result_of(finished[0])
     assert set(result) == {
         "format_version",
@@ -158,7 +158,7 @@ def test_the_result_says_what_was_reached_and_with_which_settings(finished):
     assert result["mean_iou"] == pytest.approx(sum(present) / len(present), rel=1e-12)
 
 
-def test_the_result_is_that_of_the_saved_model_on_the_evaluation_images(finished):
+def test_the_result_equals_an_evaluation_of_the_saved_model(finished):
     workdir, _, _ = finished
     result, model = result_of(workdir), load(workdir).model
     variables = {name: variable.get_value() for name, variable in named_variables(model).items()}
@@ -186,7 +186,7 @@ def test_the_metrics_follow_the_steps_and_the_schedule(finished):
     assert evaluation["iou"] == dict(zip(specs.STREETS.label_names, result["per_class_iou"], strict=True))
 
 
-def test_a_run_says_what_it_does_in_lines_of_80_columns(finished):
+def test_a_run_prints_its_progress_in_lines_of_80_columns(finished):
     workdir, _, printed = finished
     lines = printed.replace(str(workdir), "runs/name").splitlines()
     assert [line for line in lines if len(line) > 80] == []
@@ -208,7 +208,7 @@ def test_a_run_says_what_it_does_in_lines_of_80_columns(finished):
         assert sum(phrase in line for line in lines) >= 1, phrase
 
 
-def test_a_second_run_has_the_same_bits_and_another_seed_has_not(finished, tmp_path):
+def test_a_run_is_reproducible_and_depends_on_the_seed(finished, tmp_path):
     run(make_config(), tmp_path / "again")
     again, first = result_of(tmp_path / "again"), result_of(finished[0])
     for same in ("params_sha256", "mean_iou", "per_class_iou"):
@@ -217,7 +217,7 @@ def test_a_second_run_has_the_same_bits_and_another_seed_has_not(finished, tmp_p
     assert result_of(tmp_path / "other")["params_sha256"] != first["params_sha256"]
 
 
-def test_a_run_without_steps_measures_the_initial_weights(tmp_path):
+def test_a_run_without_steps_evaluates_the_initial_weights(tmp_path):
     status, _ = run(make_config(train__steps=0), tmp_path)
     result = result_of(tmp_path)
     assert status == 0 and result["step"] == 0 and result["images_per_second"] is None
@@ -229,7 +229,7 @@ def test_a_run_without_steps_measures_the_initial_weights(tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path, monkeypatch, step):
+def test_a_stopped_run_continues_as_if_uninterrupted(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         signal_before(patch, step)
         status, printed = run(make_config(), tmp_path)
@@ -246,7 +246,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ocr", "segnext"])
-def test_a_run_of_another_family_trains_and_resumes_bit_for_bit(family, tmp_path, monkeypatch):
+def test_runs_of_other_families_train_and_resume_bit_for_bit(family, tmp_path, monkeypatch):
     seen = []
 
     def create_model(*args, original=setup.create_model, **kwargs):
@@ -287,7 +287,7 @@ def test_a_run_of_another_family_trains_and_resumes_bit_for_bit(family, tmp_path
     assert dict(model.spec.overrides).items() >= FAMILIES[family][1].items()
 
 
-def test_a_run_stopped_during_an_evaluation_has_saved_what_it_says(finished, tmp_path, monkeypatch):
+def test_a_run_stopped_during_an_evaluation_has_saved_the_printed_step(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch)
         status, printed = run(make_config(eval__every=3), tmp_path)
@@ -297,7 +297,7 @@ def test_a_run_stopped_during_an_evaluation_has_saved_what_it_says(finished, tmp
     assert result_of(tmp_path)["params_sha256"] == result_of(finished[0])["params_sha256"]
 
 
-def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(finished, tmp_path, monkeypatch):
+def test_a_killed_run_continues_from_its_last_checkpoint(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         power_cut_before(patch, 5)
         with pytest.raises(SystemError, match="power cut"):
@@ -311,7 +311,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(finished, tmp_pa
     assert [record["step"] for record in records_of(tmp_path)] == [1, 2, 3, 4, 5, 6, 6]
 
 
-def test_a_run_stopped_between_two_lines_of_its_log_loses_no_step_of_them(tmp_path, monkeypatch, cheap):
+def test_a_run_stopped_between_two_log_lines_loses_no_step_of_them(tmp_path, monkeypatch, cheap):
     config = make_config(train__log_every=3, eval__every=2)
     run(config, tmp_path / "whole")
     # Ended three times: before a line, before an evaluation and after both.
@@ -326,7 +326,7 @@ def test_a_run_stopped_between_two_lines_of_its_log_loses_no_step_of_them(tmp_pa
 
 
 @pytest.mark.parametrize("has_pmap", [True, False])
-def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(has_pmap, tmp_path, monkeypatch, cheap):
+def test_a_run_stopped_under_jit_continues_under_pmap_to_equal_weights(has_pmap, tmp_path, monkeypatch, cheap):
     if not has_pmap:
         # As in a jax that is to come.
         monkeypatch.delattr(jax, "pmap")
@@ -344,7 +344,7 @@ def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(has_pmap
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(loopless, parallel, tmp_path, monkeypatch):
+def test_a_run_with_scanned_blocks_saves_and_restores_single_blocks(loopless, parallel, tmp_path, monkeypatch):
     changes, expected = loopless
     config, compiled = make_config(**changes, train__scan_blocks=True, parallel=parallel), []
     monkeypatch.setattr(setup, "_compiled", lambda f, given, *_, **__: compiled.append(given[0]) or f)
@@ -386,7 +386,7 @@ def loopless(tmp_path_factory):
     return changes, workdir
 
 
-def test_blocks_trained_unlike_their_neighbours_are_in_no_row():
+def test_blocks_trained_differently_from_their_neighbours_are_not_stacked():
     config = make_config(model__depths=(1, 9, 1, 1), train__scan_blocks=True, optim__frozen=(r"block2\.0\.attn",))
     stacks = functional_model(config, 19).stacks
     assert {key.split(".")[2] for key in stacks.members} == {"1-8"}
@@ -394,7 +394,7 @@ def test_blocks_trained_unlike_their_neighbours_are_in_no_row():
     assert functional_model(config, 19).stacks.members == {}
 
 
-def test_more_steps_go_on_where_the_run_ended(tmp_path, cheap):
+def test_more_steps_continue_where_the_run_ended(tmp_path, cheap):
     run(make_config(), tmp_path / "long")
     run(make_config(train__steps=4), tmp_path / "run")
     first = records_of(tmp_path / "run")
@@ -406,7 +406,7 @@ def test_more_steps_go_on_where_the_run_ended(tmp_path, cheap):
     assert result["step"] == 6 and result["params_sha256"] == expected["params_sha256"]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished):
+def test_a_finished_run_reports_that_and_changes_nothing(finished):
     workdir, _, _ = finished
     before = contents(workdir)
     status, printed = run(make_config(), workdir)
@@ -416,14 +416,14 @@ def test_a_finished_run_says_so_and_changes_nothing(finished):
     assert contents(workdir) == before
 
 
-def test_a_finished_run_asked_for_fewer_steps_suggests_more_than_it_has(finished):
+def test_a_finished_run_asked_for_fewer_steps_suggests_a_larger_number(finished):
     status, printed = run(make_config(train__steps=2), finished[0])
     assert status == 0 and "at step 6" in " ".join(printed.split())
     (suggested,) = (line.rpartition("=")[2] for line in printed.splitlines() if "--config.train.steps=" in line)
     assert int(suggested) > 6
 
 
-def test_evaluating_a_finished_training_again_logs_it_once(finished, tmp_path, monkeypatch):
+def test_evaluating_a_finished_run_again_logs_it_once(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         power_cut_in_the_end(patch)
         with pytest.raises(SystemError):
@@ -449,7 +449,7 @@ def test_evaluating_a_finished_training_again_logs_it_once(finished, tmp_path, m
     ],
 )
 @pytest.mark.parametrize("steps", [6, 8])
-def test_other_settings_are_refused_by_key_and_change_nothing(finished, key, value, there, now, steps):
+def test_other_settings_are_refused_with_their_key_and_change_nothing(finished, key, value, there, now, steps):
     workdir, _, _ = finished
     before = contents(workdir)
     config = make_config(train__steps=steps, optim__momentum=0.1, **{key.replace(".", "__"): value})
@@ -462,7 +462,7 @@ def test_other_settings_are_refused_by_key_and_change_nothing(finished, key, val
     assert contents(workdir) == before
 
 
-def test_resuming_with_other_data_and_settings_is_refused_with_all(finished, tmp_path, monkeypatch):
+def test_resuming_with_other_data_and_settings_is_refused_with_a_full_list(finished, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "result.json").unlink()
@@ -487,7 +487,7 @@ def test_resuming_with_other_data_and_settings_is_refused_with_all(finished, tmp
 @pytest.mark.parametrize(
     "key, value", [("eval.batch", 8), ("checkpoint.keep", 5), ("train.log_every", 1), ("parallel", "pmap")]
 )
-def test_settings_that_change_no_weights_may_differ(finished, key, value):
+def test_settings_that_do_not_affect_the_weights_may_differ(finished, key, value):
     status, printed = run(make_config(**{key.replace(".", "__"): value}), finished[0])
     assert status == 0 and "is finished" in printed
 
@@ -533,7 +533,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("key", BAD)
-def test_a_setting_that_cannot_be_used_is_refused_before_anything_is_done(key, tmp_path, no_data):
+def test_an_invalid_setting_is_refused_before_anything_is_done(key, tmp_path, no_data):
     value, message = BAD[key]
     with pytest.raises(RunError, match=message) as caught:
         run(make_config(**{key.replace(".", "__"): value}), tmp_path / "run")
@@ -541,7 +541,7 @@ def test_a_setting_that_cannot_be_used_is_refused_before_anything_is_done(key, t
     assert not (tmp_path / "run").exists()
 
 
-def test_mixing_needs_a_partner_and_probabilities_of_at_most_one(tmp_path, no_data, monkeypatch):
+def test_mixing_needs_two_samples_and_probabilities_of_at_most_one(tmp_path, no_data, monkeypatch):
     with pytest.raises(RunError, match=r"config\.augment\.classmix: 0\.6; the sum of .* augment\.cutmix, 0\.5, and"):
         run(make_config(augment__cutmix=0.5, augment__classmix=0.6), tmp_path / "run")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -549,7 +549,7 @@ def test_mixing_needs_a_partner_and_probabilities_of_at_most_one(tmp_path, no_da
         run(make_config(augment__cutmix=0.5, train__batch=1), tmp_path / "run")
 
 
-def test_all_settings_that_cannot_be_used_are_named_in_one_error(tmp_path, no_data):
+def test_all_invalid_settings_are_named_in_one_error(tmp_path, no_data):
     keys = ("train.batch", "augment.crop", "optim.name", "checkpoint.keep")
     with pytest.raises(RunError) as caught:
         run(make_config(**{key.replace(".", "__"): BAD[key][0] for key in keys}), tmp_path / "run")
@@ -558,20 +558,20 @@ def test_all_settings_that_cannot_be_used_are_named_in_one_error(tmp_path, no_da
 
 
 @pytest.mark.parametrize("sizes", [[(60, 200), (40, 64)], [(300, 63)]])
-def test_a_crop_that_no_image_fills_is_refused(sizes):
+def test_a_crop_larger_than_every_image_is_refused(sizes):
     config = make_config(augment__crop=(128, 128), augment__scale=(0.5, 2.0))
     with pytest.raises(RunError, match=r"crop=\(128, 128\) is larger than every training image, even at .* 2.0,"):
         check_crop(config.augment, np.array(sizes))
 
 
-def test_a_crop_larger_than_every_image_ends_a_run_before_a_model_is_made(tmp_path, monkeypatch):
+def test_a_crop_that_is_too_large_ends_a_run_before_a_model_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "create_model", lambda *_, **__: pytest.fail("a model was made"))
     with pytest.raises(RunError, match="the best image has 60x96"):
         run(make_config(augment__crop=(64, 64), augment__scale=(1.0, 1.5)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_padding_is_what_crops_have_where_their_image_ends():
+def test_the_estimated_padding_matches_drawn_crops():
     sizes, crop = np.array([(40, 64), (40, 64), (100, 30)]), (48, 56)
     config = make_config(augment__crop=crop, augment__scale=(0.5, 2.0))
     keys = jax.random.split(jax.random.key(3), 6000)
@@ -600,7 +600,7 @@ def weights_at(workdir, step):
         ({}, {3: math.inf}, "the gradient became inf"),
     ],
 )
-def test_what_is_not_finite_ends_the_run_with_its_images_and_advice(tmp_path, monkeypatch, losses, norms, became):
+def test_a_non_finite_loss_ends_the_run_with_its_images_and_advice(tmp_path, monkeypatch, losses, norms, became):
     cheap_step(monkeypatch, losses, norms)
     with pytest.raises(RunError) as caught:
         run(make_config(train__log_every=3, checkpoint__every=6), tmp_path)
@@ -615,7 +615,7 @@ def test_what_is_not_finite_ends_the_run_with_its_images_and_advice(tmp_path, mo
     assert [record["step"] for record in records_of(tmp_path)] == [3] and not (tmp_path / "result.json").exists()
 
 
-def test_what_is_saved_is_the_state_before_it_from_which_the_run_goes_on(tmp_path, monkeypatch):
+def test_the_state_before_a_non_finite_loss_is_saved_and_resumed(tmp_path, monkeypatch):
     config = make_config(train__log_every=3, checkpoint__every=6)
     with monkeypatch.context() as patch:
         cheap_step(patch, {3: math.nan})
@@ -632,7 +632,7 @@ def test_what_is_saved_is_the_state_before_it_from_which_the_run_goes_on(tmp_pat
     assert weights_at(tmp_path / "run", 6) == weights_at(tmp_path / "whole", 6)
 
 
-def test_steps_that_may_be_skipped_are_and_the_log_has_the_others(tmp_path, monkeypatch):
+def test_allowed_steps_are_skipped_and_the_log_has_the_others(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         cheap_step(patch)
         run(make_config(train__log_every=1), tmp_path / "whole")
@@ -653,13 +653,13 @@ def test_steps_that_may_be_skipped_are_and_the_log_has_the_others(tmp_path, monk
     assert training["skipped"].tolist() == [3, 1] and training["step"] == 6
 
 
-def test_one_more_in_a_row_than_may_be_skipped_ends_the_run(tmp_path, monkeypatch):
+def test_one_more_bad_step_in_a_row_than_allowed_ends_the_run(tmp_path, monkeypatch):
     cheap_step(monkeypatch, dict.fromkeys((1, 2, 3, 4), math.nan))
     with pytest.raises(RunError, match=r"the loss became nan at step 4, .*\n?.*checkpoints/3\."):
         run(make_config(train__may_skip=2, train__log_every=6), tmp_path)
 
 
-def test_the_layer_where_it_began_is_named_on_request(finished, tmp_path):
+def test_the_layer_with_the_first_non_finite_output_is_named_on_request(finished, tmp_path):
     weights, about = orbax_folder.load_weights(finished[0])
     # Finite, but not its square.
     weights["backbone.block3.0.attn.proj.kernel"][:] = 3e38
@@ -686,7 +686,7 @@ def test_evaluations_change_neither_weights_nor_the_training_log(tmp_path, cheap
 
 
 @pytest.mark.parametrize("scores, best", [((0.1, 0.5, 0.3, 0.2, 0.4, 0.45), 2), ((None, 0.2, 0.2, 0.1, 0.15, 0.3), 6)])
-def test_best_holds_the_weights_of_the_best_evaluation_the_last_included(tmp_path, monkeypatch, cheap, scores, best):
+def test_best_has_the_weights_of_the_best_evaluation_including_the_last(tmp_path, monkeypatch, cheap, scores, best):
     scored(monkeypatch, *scores)
     status, printed = run(make_config(eval__every=1, checkpoint__every=1, checkpoint__keep=6), tmp_path)
     assert status == 0
@@ -699,7 +699,7 @@ def test_best_holds_the_weights_of_the_best_evaluation_the_last_included(tmp_pat
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path, monkeypatch, cheap, cut):
+def test_training_ends_after_patience_evaluations_without_improvement(tmp_path, monkeypatch, cheap, cut):
     config = make_config(eval__every=1, eval__patience=2)
     with monkeypatch.context() as patch:
         scored(patch, 0.5, 0.4, 0.5, 0.5, 0.5)
@@ -723,7 +723,7 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path, 
     assert contents(tmp_path) == before
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path, monkeypatch, cheap):
+def test_a_run_that_stopped_early_continues_with_more_patience(tmp_path, monkeypatch, cheap):
     with monkeypatch.context() as patch:
         scored(patch, 0.5, 0.4, 0.3, 0.3, 0.2, 0.6, 0.1)
         run(make_config(eval__every=1, eval__patience=2), tmp_path / "run")
@@ -737,7 +737,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path, monkeypat
     assert result["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
 
 
-def test_a_made_up_evaluation_counts_though_the_run_ends_after_it(tmp_path, monkeypatch, cheap):
+def test_an_evaluation_caught_up_on_resuming_counts_even_after_a_kill(tmp_path, monkeypatch, cheap):
     config = make_config(eval__every=2, checkpoint__every=6)
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -757,7 +757,7 @@ def test_a_made_up_evaluation_counts_though_the_run_ends_after_it(tmp_path, monk
     assert left["checkpoint 6, record"] == expected["checkpoint 6, record"]
 
 
-def test_what_a_finished_run_has_evaluated_counts_when_it_goes_on(tmp_path, monkeypatch, cheap):
+def test_evaluations_of_a_finished_run_count_when_it_continues(tmp_path, monkeypatch, cheap):
     with monkeypatch.context() as patch:
         scored(patch, 0.2, 0.9, 0.3)
         run(make_config(eval__every=2, train__steps=4), tmp_path)
@@ -781,7 +781,7 @@ def averaged(tmp_path_factory):
     return config, workdir
 
 
-def test_what_is_saved_and_evaluated_is_the_average(averaged):
+def test_the_average_of_the_weights_is_saved_and_evaluated(averaged):
     _, workdir = averaged
     average = None
     for step in range(1, STEPS + 1):
@@ -798,7 +798,7 @@ def test_what_is_saved_and_evaluated_is_the_average(averaged):
     assert params_sha256(params) == result_of(workdir)["params_sha256"]
 
 
-def test_the_best_model_has_the_score_that_its_record_says(averaged):
+def test_the_best_model_has_the_score_in_its_metadata(averaged):
     _, workdir = averaged
     about = orbax_folder.load_weights(workdir / "best")[1]
     evaluations = {r["step"]: r["mean_iou"] for r in records_of(workdir) if "mean_iou" in r}
@@ -806,7 +806,7 @@ def test_the_best_model_has_the_score_that_its_record_says(averaged):
     assert miou_of(load(workdir / "best").model) == pytest.approx(about["mean_iou"], abs=2e-3)
 
 
-def test_a_run_that_keeps_an_average_goes_on_bit_for_bit(averaged, tmp_path, monkeypatch):
+def test_a_run_with_averaged_weights_resumes_bit_for_bit(averaged, tmp_path, monkeypatch):
     config, whole = averaged
     with monkeypatch.context() as patch:
         signal_before(patch, 3)
@@ -818,7 +818,7 @@ def test_a_run_that_keeps_an_average_goes_on_bit_for_bit(averaged, tmp_path, mon
 # -------------------------------------------------------------------------------------------------------------- console
 
 
-def test_images_per_second_leave_out_compiling_saving_and_evaluating(monkeypatch):
+def test_images_per_second_exclude_compiling_saving_and_evaluating(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     meter = Meter(batch_size=8)
@@ -837,7 +837,7 @@ def test_images_per_second_leave_out_compiling_saving_and_evaluating(monkeypatch
     assert meter.waiting == pytest.approx(2 / 8)
 
 
-def test_the_time_left_does_not_count_the_compiler(monkeypatch, capsys):
+def test_the_time_left_does_not_include_compilation(monkeypatch, capsys):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     meter, progress = Meter(batch_size=4), Progress(0, 1000)
@@ -918,7 +918,7 @@ def test_the_table_of_classes_shows_every_class_and_fits_80_columns(num_classes,
     assert "mIoU 0.5000   pixel accuracy 0.2500   step 7" in printed
 
 
-def test_a_second_run_in_a_workdir_is_refused_before_it_changes_anything(tmp_path):
+def test_a_second_run_in_a_workdir_is_refused_before_changing_anything(tmp_path):
     config = make_config()
     with lock.held(tmp_path / "run" / loop.LOCK, what="the first", remedy=""):
         before = contents(tmp_path)
@@ -935,7 +935,7 @@ def test_a_second_run_in_a_workdir_is_refused_before_it_changes_anything(tmp_pat
         ("build", MemoryError()),
     ],
 )
-def test_a_run_without_enough_memory_names_the_settings_that_need_less(where, error, tmp_path, monkeypatch):
+def test_a_run_without_enough_memory_names_settings_that_need_less(where, error, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise error
 
@@ -949,7 +949,7 @@ def test_a_run_without_enough_memory_names_the_settings_that_need_less(where, er
 
 
 @pytest.mark.parametrize("resident", [0, 900])
-def test_a_step_that_needs_more_than_there_is_is_refused_before_it_runs(resident, monkeypatch, capsys):
+def test_a_step_that_exceeds_memory_is_refused_before_it_runs(resident, monkeypatch, capsys):
     monkeypatch.setattr(setup.memory, "limit", lambda *_, **__: 10_000)
     step = jax.jit(lambda state, batch, key: state + 1)
     parallel = SimpleNamespace(own_devices=jax.local_devices()[:1])
@@ -965,7 +965,7 @@ def test_a_step_that_needs_more_than_there_is_is_refused_before_it_runs(resident
     assert ("the images" in capsys.readouterr().out) == (resident > 0)
 
 
-def test_a_first_ctrl_c_asks_and_a_second_one_stops_at_once():
+def test_a_first_ctrl_c_requests_a_stop_and_a_second_one_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         assert not stop.requested
@@ -976,7 +976,7 @@ def test_a_first_ctrl_c_asks_and_a_second_one_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_in_another_thread_than_the_main_one_ctrl_c_is_left_alone():
+def test_outside_the_main_thread_ctrl_c_is_not_handled():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work():
@@ -1001,14 +1001,14 @@ def test_in_another_thread_than_the_main_one_ctrl_c_is_left_alone():
         ("camvid", "segformer_b0", "camvid"),
     ],
 )
-def test_the_word_after_the_colon_picks_variant_and_dataset_in_any_order(argument, name, dataset):
+def test_variant_and_dataset_after_the_colon_come_in_any_order(argument, name, dataset):
     config = segformer.get_config(argument)
     assert (config.model.name, config.data.name) == (name, dataset)
     assert str(loop.default_workdir(config)) == f"runs/{name.replace('_', '-')}-{dataset}"
     check(config, Path("runs/name"))
 
 
-def test_a_word_that_is_no_variant_or_dataset_is_refused_with_both_lists():
+def test_an_unknown_variant_or_dataset_is_refused_with_both_lists():
     with pytest.raises(ValueError, match=r"'b9' is not a variant \(b0, .*b5\) or dataset \(streets, .*folder\)"):
         common.parse("b9,camvid", segformer.VARIANTS)
 
@@ -1101,7 +1101,7 @@ def test_ctrl_c_before_the_first_step_ends_train_py_with_130(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
 
 
-def test_the_same_command_goes_on_and_finishes(command_line):
+def test_the_same_command_resumes_and_finishes(command_line):
     status, out, err = command_line.resumed
     assert (status, err) == (0, "")
     assert 0 < command_line.newest < MANY and f"resuming at step {command_line.newest} of {MANY}" in out
@@ -1115,7 +1115,7 @@ def test_the_same_command_goes_on_and_finishes(command_line):
     assert [line for line in lines if len(line) > 80] == []
 
 
-def test_train_py_says_that_a_run_is_finished_or_has_other_settings(command_line):
+def test_train_py_reports_a_finished_run_and_other_settings(command_line):
     status, out, err = train_py(*command_line.settings)
     said = f"is finished: mIoU {result_of(command_line.workdir)['mean_iou']:.4f}"
     assert (status, err) == (0, "") and said in " ".join(out.split())
@@ -1137,7 +1137,7 @@ def test_train_py_says_that_a_run_is_finished_or_has_other_settings(command_line
         ("--workdir=pyproject.toml/run", "pyproject.toml"),
     ],
 )
-def test_train_py_refuses_what_it_cannot_do_in_a_few_words(argument, said):
+def test_train_py_refuses_invalid_arguments_in_a_few_words(argument, said):
     status, _, err = train_py("--workdir=/nonexistent/never", argument, *SMALL[:2])
     assert status != 0
     assert said in err

@@ -81,7 +81,7 @@ class ByConvolutions(nnx.Module):
 
 
 @pytest.mark.parametrize("rank, alpha", [(2, 3.0), (3, 1.5)])
-def test_outputs_and_gradients_are_those_of_adapters_next_to_their_layers(rank, alpha, float64):
+def test_outputs_and_gradients_equal_those_of_unmerged_adapters(rank, alpha, float64):
     images = jnp.asarray(np.random.default_rng(1).standard_normal((3, 16, 24, 3)))
     weights = jnp.asarray(np.random.default_rng(2).standard_normal((3, 4, 6, K)))
     adapters = adapters_of(Mixed(), rank=rank, alpha=alpha)
@@ -119,7 +119,7 @@ def test_outputs_and_gradients_are_those_of_adapters_next_to_their_layers(rank, 
     assert_close(FunctionalModel(Mixed()).bind(host, batch_stats)(images)[0], expected, 1e-13)
 
 
-def test_new_adapters_are_drawn_as_by_torch_and_differ_by_layer_and_seed():
+def test_new_adapters_are_drawn_as_in_torch_and_differ_by_layer_and_seed():
     one, same, other = (
         lora_models.Adapters.of(Mixed(dtype=jnp.float32), TARGETS, rank=64, alpha=1.0, seed=seed).initial
         for seed in (0, 0, 1)
@@ -154,7 +154,7 @@ def steps_of(kind, devices, accumulate, **options):
     return run_steps(step, before, batches, parallel=parallel_for(kind, jax.devices()[:devices]))
 
 
-def test_a_step_moves_adapters_and_modules_in_full_and_nothing_else(float64):
+def test_a_step_changes_only_adapters_and_fully_trained_modules(float64):
     states, _ = steps_of("jit", 1, 1)
     trained = {f"{name}.lora_{part}" for name in TARGETS for part in "ab"} | {"head.kernel", "head.bias"}
     assert changed(states[0].params, states[-1].params) == trained
@@ -173,7 +173,7 @@ def test_devices_and_micro_batches_do_not_change_a_step(kind, devices, accumulat
     assert_close(scalars, expected_scalars, 1e-10)
 
 
-def test_vectors_of_all_parameters_do_not_change_a_step(float64):
+def test_storing_all_parameters_in_vectors_does_not_change_a_step(float64):
     with layers.meant_for("cuda"):
         step, before = make_step(
             Mixed(),
@@ -262,12 +262,12 @@ def test_every_family_with_attention_has_default_targets_in_its_encoder(family):
         ({"full": ("decoder",)}, r"config\.lora\.full: 'decoder' is found in no module of this model; they are"),
     ],
 )
-def test_a_pattern_that_finds_nothing_is_refused_with_what_there_is(given, message):
+def test_a_pattern_that_finds_nothing_is_refused_with_the_candidates(given, message):
     with pytest.raises(RunError, match=message):
         lora.adapters_for(Mixed(dtype=jnp.float32), settings_of(**given), seed=0)
 
 
-def test_layers_in_full_and_grouped_convolutions_have_no_adapter():
+def test_fully_trained_layers_and_grouped_convolutions_have_no_adapter():
     model = Mixed(dtype=jnp.float32)
     found = lora.adapters_for(model, settings_of(targets="", full=("conv", "^bn")), seed=0)
     assert found.layers == ("head", "linear", "stem") and found.scale == 4
@@ -329,7 +329,7 @@ def whole(start, tmp_path_factory):
 
 
 @pytest.mark.one_python
-def test_a_run_saves_merged_weights_and_the_adapters_alone(whole, start):
+def test_a_run_saves_merged_weights_and_separate_adapters(whole, start):
     workdir, printed = whole
     before = {name: np.asarray(v[...]) for name, v in named_variables(load(start).model).items()}
     weights, metadata = orbax_folder.load_weights(workdir / "checkpoints/4")
@@ -390,7 +390,7 @@ def test_the_adapters_are_those_of_the_best_weights(start, tmp_path):
     )
 
 
-def test_settings_that_do_not_fit_are_refused_before_anything_is_done(start, tmp_path):
+def test_incompatible_settings_are_refused_before_anything_is_done(start, tmp_path):
     with pytest.raises(RunError, match=r"config\.lora\.rank: 2; adapters change .* give init\.checkpoint"):
         run(make_config(lora__rank=2), tmp_path / "run")
     with pytest.raises(RunError, match=r"config\.optim\.frozen: .* everything is frozen except adapters"):

@@ -42,7 +42,7 @@ def crc32c(data):
     return crc ^ 0xFFFFFFFF
 
 
-def test_records_are_lines_and_scalars(tmp_path):
+def test_records_are_written_as_lines_and_scalars(tmp_path):
     record = {"step": 3, "loss": None, "lr": 0.25, "iou": {"road": 0.5, "traffic light": None, "sky": 0.125}}
     with Log(tmp_path, 0, evaluated=False) as log:
         log.write(record)
@@ -50,7 +50,7 @@ def test_records_are_lines_and_scalars(tmp_path):
     assert events_of(tmp_path) == {"lr": [(3, 0.25)], "iou/road": [(3, 0.5)], "iou/sky": [(3, 0.125)]}
 
 
-def test_event_files_have_the_checksums_that_tensorboard_asks_for(tmp_path):
+def test_event_files_have_the_checksums_that_tensorboard_requires(tmp_path):
     with Log(tmp_path, 0, evaluated=False) as log:
         write(log, 1, 2)
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -71,7 +71,7 @@ def test_event_files_have_the_checksums_that_tensorboard_asks_for(tmp_path):
     assert all(event.wall_time > 1e9 for event in events)
 
 
-def test_what_is_written_can_be_read_at_once(tmp_path):
+def test_written_records_can_be_read_at_once(tmp_path):
     with Log(tmp_path, 0, evaluated=False) as log:
         write(log, 1)
         assert lines_of(tmp_path) == [{"step": 1, "loss": 0.125}] and events_of(tmp_path) == {"loss": [(1, 0.125)]}
@@ -88,7 +88,7 @@ def test_a_log_touches_no_file_before_it_is_entered(tmp_path):
 
 
 @pytest.mark.parametrize("start", [0, 4, 8])
-def test_resuming_drops_what_came_after_the_checkpoint_and_keeps_the_rest(tmp_path, start):
+def test_resuming_drops_only_records_after_the_checkpoint(tmp_path, start):
     with Log(tmp_path, 0, evaluated=False) as log:
         for cut in (4, 8):
             write(log, cut - 3, cut - 2, cut - 1, cut)
@@ -108,7 +108,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_keeps_the_rest(tmp_pa
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-def test_an_evaluation_that_will_be_made_again_is_dropped_and_no_other(tmp_path, evaluated):
+def test_only_an_evaluation_that_will_be_repeated_is_dropped(tmp_path, evaluated):
     with Log(tmp_path, 0, evaluated=False) as log:
         write(log, 2)
         log.write({"step": 2, "mean_iou": 0.5})
@@ -124,7 +124,7 @@ def test_an_evaluation_that_will_be_made_again_is_dropped_and_no_other(tmp_path,
     assert [line["step"] for line in lines_of(tmp_path) if "loss" in line] == [2, 4]
 
 
-def test_files_of_others_are_left_alone(tmp_path):
+def test_files_of_other_programs_are_kept(tmp_path):
     foreign = tmp_path / "tensorboard" / "plugins" / "profile"
     foreign.mkdir(parents=True)
     (tmp_path / "tensorboard" / "events.out.tfevents.1.host").write_bytes(b"mine")
@@ -135,7 +135,7 @@ def test_files_of_others_are_left_alone(tmp_path):
     assert foreign.is_dir() and stretches_of(tmp_path) == ["host", "plugins"]
 
 
-def test_two_stretches_that_begin_at_once_do_not_overwrite_one_another(tmp_path):
+def test_event_files_started_at_the_same_time_are_all_kept(tmp_path):
     with Log(tmp_path, 0, evaluated=False) as log:
         for step in range(1, 6):
             write(log, step)
@@ -143,7 +143,7 @@ def test_two_stretches_that_begin_at_once_do_not_overwrite_one_another(tmp_path)
     assert events_of(tmp_path) == {"loss": [(step, step / 8) for step in range(1, 6)]}
 
 
-def test_a_process_that_does_not_write_keeps_the_records_only(tmp_path):
+def test_a_process_that_does_not_write_only_keeps_the_records(tmp_path):
     with Log(tmp_path, 0, evaluated=False, active=False) as log:
         write(log, 1)
         log.picture(1, "x", np.zeros((2, 3, 3), np.uint8), *np.zeros((2, 2, 3), np.uint8), SPEC)
@@ -168,7 +168,7 @@ def test_a_picture_shows_image_truth_and_prediction_side_by_side(tmp_path):
     assert [(tag, step) for tag, ((step, _),) in events_of(tmp_path).items()] == [("predictions/dots_1", 7)]
 
 
-def test_an_event_file_that_cannot_be_written_is_an_error_at_once(tmp_path, monkeypatch):
+def test_an_unwritable_event_file_is_an_error_at_once(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -180,7 +180,7 @@ def test_an_event_file_that_cannot_be_written_is_an_error_at_once(tmp_path, monk
 
 
 @pytest.mark.parametrize("most, name", [(20, "metrics.jsonl"), (10_000, "tensorboard")])
-def test_a_full_disk_is_reported_with_the_file_that_has_no_room(most, name, tmp_path):
+def test_a_full_disk_is_reported_with_the_file_that_was_not_written(most, name, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Log(tmp_path, 0, evaluated=False) as log:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
@@ -200,7 +200,7 @@ ODD = (
 )
 
 
-def test_odd_lines_of_a_log_are_passed_over_and_counted(tmp_path, capsys):
+def test_invalid_lines_of_a_log_are_skipped_and_counted(tmp_path, capsys):
     good = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None, "iou": {"road": None, "sky": 0.5}}]
     lines = [json.dumps(good[0]), *ODD, json.dumps(good[1]), "", '{"step": 3, "lo']
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
@@ -211,7 +211,7 @@ def test_odd_lines_of_a_log_are_passed_over_and_counted(tmp_path, capsys):
     assert f"metrics.jsonl: {len(ODD)} of {len(lines) - 1} lines are not records" in printed
 
 
-def test_a_line_that_was_cut_off_is_no_reason_for_a_word(tmp_path, capsys):
+def test_a_truncated_last_line_gives_no_message(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     with Log(tmp_path, 5, evaluated=True) as log:
         assert log.records == [{"step": 1, "loss": 0.5}]
@@ -219,7 +219,7 @@ def test_a_line_that_was_cut_off_is_no_reason_for_a_word(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["\udc80bytes", "a\nb", "\ud800", "道路"])
-def test_names_from_outside_are_tags_of_tensorboard(name, tmp_path):
+def test_any_class_or_image_name_can_be_a_tag_of_tensorboard(name, tmp_path):
     pixels = np.zeros((4, 6, 3), np.uint8)
     with Log(tmp_path, 0, evaluated=False) as log:
         log.write({"step": 1, "iou": {name: 0.5}})

@@ -111,14 +111,14 @@ def test_the_first_layer_that_overflows_is_named(family, devices):
     assert found == f"The first output that is not finite is that of {layer}. "
 
 
-def test_every_micro_batch_is_looked_at():
+def test_every_micro_batch_is_searched():
     kernel, layer = DEEP["segformer"]
     found = asked("segformer", spoil=scaled(kernel, 2e38), accumulate=2)
     assert found == f"The first output that is not finite is that of {layer}. "
 
 
 @DEEP_ON_SOME
-def test_a_parameter_or_a_statistic_that_was_spoilt_before_is_named(family, devices):
+def test_a_parameter_or_statistic_that_is_not_finite_is_named(family, devices):
     kernel, _ = DEEP[family]
 
     def spoil(model):
@@ -129,7 +129,7 @@ def test_a_parameter_or_a_statistic_that_was_spoilt_before_is_named(family, devi
     assert found == f"Already not finite before the step: {kernel}. "
 
 
-def test_of_many_that_were_spoilt_a_few_are_named_with_their_number():
+def test_of_many_non_finite_parameters_a_few_are_named_with_their_number():
     def spoil(model):
         for number, variable in enumerate(named_variables(model).values()):
             if number % 2:
@@ -141,7 +141,7 @@ def test_of_many_that_were_spoilt_a_few_are_named_with_their_number():
     assert found.endswith(f" and {names // 2 - 3} more. ")
 
 
-def test_images_that_are_not_finite_are_no_fault_of_a_layer():
+def test_non_finite_images_are_reported_instead_of_a_layer():
     assert asked("net", augmentation=with_infinity) == "The augmented images are not finite. "
 
 
@@ -169,7 +169,7 @@ def _steep_jvp(primals, tangents):
         pytest.param("hrnet", "last_layer.3", None, marks=pytest.mark.slow),
     ],
 )
-def test_a_gradient_infinite_from_the_loss_on_names_the_last_layer(family, last, devices):
+def test_for_a_gradient_infinite_from_the_loss_the_last_layer_is_named(family, last, devices):
     found = asked(family, devices=devices, change=lambda logits: steep(jnp.sum(logits) * 1e-3))
     assert found.startswith(f"{FIRST_OF_THE_BACKWARD_PASS} {last}.")
 
@@ -182,7 +182,7 @@ def test_a_gradient_infinite_from_the_loss_on_names_the_last_layer(family, last,
         pytest.param("hrnet", 2, DEEP["hrnet"][1], marks=pytest.mark.slow),
     ],
 )
-def test_where_it_becomes_infinite_inside_that_layer_is_named(family, devices, layer, monkeypatch):
+def test_the_inner_layer_where_a_gradient_becomes_infinite_is_named(family, devices, layer, monkeypatch):
     def spoil(model):
         modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
         modules[layer].is_steep = True
@@ -198,15 +198,15 @@ def test_where_it_becomes_infinite_inside_that_layer_is_named(family, devices, l
     )
 
 
-def test_a_loss_that_is_not_finite_by_itself_is_said():
+def test_a_loss_that_is_itself_not_finite_is_reported():
     found = asked("net", change=lambda logits: jnp.log(jnp.sum(logits) * 0))
     assert found == "All outputs of layers are finite, but the loss is -inf. "
 
 
-def test_gradients_whose_square_alone_overflows_are_said():
+def test_gradients_of_which_only_the_square_overflows_are_reported():
     found = asked("net", change=lambda logits: 1e20 * jnp.sum(logits))
     assert found.startswith("All gradients are finite, but the square of the largest is not: that of ")
 
 
-def test_a_step_that_is_finite_when_it_is_computed_again_is_said_to_be():
+def test_a_step_that_is_finite_when_recomputed_is_reported():
     assert asked("net", devices=4) == "When recomputed, everything was finite. "

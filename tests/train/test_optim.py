@@ -56,7 +56,7 @@ def test_the_rate_is_half_a_cosine_times_a_linear_warm_up(end, warmup, ratio):
         np.testing.assert_allclose(rate(jnp.int32(step)), expected, rtol=2e-6, atol=1e-7 * base, err_msg=str(step))
 
 
-def test_schedules_are_computed_in_double_precision_where_jax_is(float64):
+def test_schedules_are_computed_in_float64_if_jax_is(float64):
     shape = dict(steps=7, warmup_steps=3, warmup_ratio=0.1)
     for step in (1, 5):
         by_hand = dict(base=0.3, steps=7, warmup=3, ratio=0.1, end=0.0)
@@ -66,14 +66,14 @@ def test_schedules_are_computed_in_double_precision_where_jax_is(float64):
         np.testing.assert_allclose(poly, poly_by_hand(step, power=0.9, **by_hand), rtol=1e-14)
 
 
-def test_another_schedule_is_refused_by_name():
+def test_an_unknown_schedule_is_refused_by_name():
     settings = common.get_config("streets").optim
     settings.schedule = "step"
     with pytest.raises(ValueError, match=r"optim\.schedule is one of poly, cosine; got 'step'"):
         optim.schedule(settings, steps=30)
 
 
-def test_the_schedule_of_a_config_takes_every_one_of_its_settings():
+def test_the_schedule_of_a_config_uses_all_of_its_settings():
     settings = common.get_config("streets").optim
     settings.update(lr=0.2, end_lr=0.01, power=0.7, warmup_steps=4, warmup_ratio=0.25)
     rate = optim.schedule(settings, steps=30)
@@ -143,7 +143,7 @@ def sgd_by_hand(name, values, gradients):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name, by_hand", [("adamw", adamw_by_hand), ("sgd", sgd_by_hand)])
-def test_three_updates_are_those_of_torch_with_param_groups(name, by_hand, seed, float64):
+def test_three_updates_equal_those_of_torch_with_param_groups(name, by_hand, seed, float64):
     rng = np.random.default_rng(seed)
     start = {key: rng.standard_normal(shape) for key, shape in SHAPES.items()}
     gradients = [{key: rng.standard_normal(shape) for key, shape in SHAPES.items()} for _ in range(3)]
@@ -181,7 +181,7 @@ def names_below(model, kind):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_of_segformer_exactly_the_layer_norms_do_not_decay(b0, name):
+def test_exactly_the_layer_norms_of_segformer_do_not_decay(b0, name):
     names = parameter_names(b0)
     settings = segformer.get_config("b0").optim
     settings.update(name=name, lr=0.1, warmup_steps=0)
@@ -198,7 +198,7 @@ def test_of_segformer_exactly_the_layer_norms_do_not_decay(b0, name):
     assert not still & names_below(b0, layers.BatchNorm)
 
 
-def test_of_segformer_exactly_the_decoder_learns_faster(b0):
+def test_exactly_the_decoder_of_segformer_learns_faster(b0):
     names = parameter_names(b0)
     settings = segformer.get_config("b0").optim
     settings.update(name="sgd", lr=0.1, warmup_steps=0, weight_decay=0.0, lr_multipliers=(("head", 10.0),))
@@ -212,7 +212,7 @@ def test_of_segformer_exactly_the_decoder_learns_faster(b0):
     assert fast | slow == set(names)
 
 
-def test_names_are_searched_by_regular_expression_anywhere():
+def test_regular_expressions_match_anywhere_in_a_name():
     names = ["a.norm1.scale", "a.fc.bias", "b.head.norm.bias", "b.fc.kernel"]
     found = optim.found_in(r"norm\d|\.bias$", names, setting="optim.no_decay")
     assert found == {name for name in names if re.search(r"norm\d|\.bias$", name)} == set(names[:3])
@@ -222,7 +222,7 @@ def test_names_are_searched_by_regular_expression_anywhere():
 @pytest.mark.parametrize(
     "setting, value", [("no_decay", "nrom"), ("lr_multipliers", (("head", 10.0), ("nrom", 2.0))), ("frozen", ("nrom",))]
 )
-def test_a_pattern_found_in_no_name_is_refused_by_setting_and_pattern(setting, value):
+def test_a_pattern_found_in_no_name_is_refused_with_its_setting(setting, value):
     settings = settings_of("adamw")
     settings[setting] = value
     message = rf"optim\.{setting}: 'nrom' is found in no parameter.*'backbone.fc.kernel' and 'decode_head.norm.bias'"
@@ -231,7 +231,7 @@ def test_a_pattern_found_in_no_name_is_refused_by_setting_and_pattern(setting, v
         optim.optimizer(settings, SHAPES, steps=STEPS)
 
 
-def test_nothing_decays_apart_without_a_pattern():
+def test_without_a_pattern_everything_decays():
     settings = settings_of("sgd")
     settings.update(no_decay="", lr_multipliers=(), warmup_steps=0, momentum=0.0)
     transform = optim.optimizer(settings, SHAPES, steps=STEPS)
@@ -242,7 +242,7 @@ def test_nothing_decays_apart_without_a_pattern():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_pattern_may_be_meant_for_what_is_frozen_alone(name, float64):
+def test_a_pattern_may_match_only_frozen_parameters(name, float64):
     # All norms and the whole head: the patterns of the recipe are then found in no parameter that is trained.
     trained = {key: shape for key, shape in SHAPES.items() if key.startswith("backbone.fc")}
     settings = settings_of(name)
@@ -259,12 +259,12 @@ def test_a_pattern_may_be_meant_for_what_is_frozen_alone(name, float64):
         np.testing.assert_allclose(updates[key], expected, rtol=1e-10, err_msg=key)
 
 
-def test_patterns_that_leave_nothing_to_train_are_refused():
+def test_patterns_that_freeze_everything_are_refused():
     with pytest.raises(ValueError, match=r"optim\.frozen: \('backbone', 'head'\) leave no parameter to train"):
         optim.frozen_names(("backbone", "head"), SHAPES)
 
 
-def test_multipliers_that_meet_in_a_parameter_are_multiplied():
+def test_multipliers_of_the_same_parameter_are_multiplied():
     pairs = (("head", 10.0), (r"\.bias$", 2.0), ("norm", 0.5))
     assert optim.lr_factors(pairs, SHAPES) == {
         "backbone.fc.kernel": 1.0,
@@ -282,7 +282,7 @@ def test_multipliers_that_meet_in_a_parameter_are_multiplied():
         np.testing.assert_allclose(updates[name], -LR * factor, rtol=1e-6)
 
 
-def test_a_log_has_the_base_rate_and_one_for_every_trained_factor():
+def test_the_log_has_the_base_rate_and_one_for_every_trained_factor():
     settings = settings_of("adamw")
     settings.lr_multipliers = (("head", 10.0), (r"\.bias$", 0.25))
     rates = optim.learning_rates(settings, SHAPES, steps=STEPS)
@@ -363,7 +363,7 @@ DEPTHS = {
 
 
 @pytest.mark.parametrize("family", DEPTHS)
-def test_rates_decay_by_the_tables_depth_from_the_head(family):
+def test_rates_decay_with_the_depth_in_the_table(family):
     sizes, table, head = DEPTHS[family]
     names = parameter_names(abstract_family(family, **sizes))
     settings = common.get_config("streets").optim
@@ -380,7 +380,7 @@ def test_rates_decay_by_the_tables_depth_from_the_head(family):
     assert used == set(table) and any(rule.factor == 1 for rule in found.values())
 
 
-def test_updates_decay_with_depth_and_the_log_has_the_multipliers_alone():
+def test_updates_decay_with_depth_and_the_log_has_only_the_multipliers():
     settings = settings_of("sgd")
     settings.update(layer_decay=0.5, lr_multipliers=(("head", 10.0),), weight_decay=0.0, warmup_steps=0, momentum=0.0)
     settings.no_decay = ""
@@ -393,7 +393,7 @@ def test_updates_decay_with_depth_and_the_log_has_the_multipliers_alone():
     assert list(optim.learning_rates(settings, names, steps=STEPS)(0)) == ["lr", "lr x10"]
 
 
-def test_a_decay_by_depth_of_unknown_parameters_is_refused():
+def test_layer_decay_for_unknown_parameters_is_refused():
     settings = settings_of("sgd")
     settings.layer_decay = 0.9
     with pytest.raises(ValueError, match=r"optim\.layer_decay: the depths of a model with parameters like 'backbone"):
@@ -491,7 +491,7 @@ def test_an_optimizer_of_optax_follows_schedule_decay_and_multipliers(name, opti
         ("adamw", {"options": {"b1": 0.9}}, "optim.options", "adamw has settings of its own"),
     ],
 )
-def test_what_an_optimizer_of_optax_cannot_follow_is_refused_by_setting(name, given, key, problem):
+def test_settings_that_an_optax_optimizer_cannot_follow_are_refused(name, given, key, problem):
     settings = settings_of(name)
     settings.update(given)
     with pytest.raises(optim.SettingError) as caught:
@@ -525,7 +525,7 @@ def test_gradients_are_scaled_down_to_the_norm_over_all_parameters(largest, shar
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_the_gradient_is_clipped_before_decay_momentum_and_moments(name, float64):
+def test_gradients_are_clipped_before_decay_momentum_and_moments(name, float64):
     rng = np.random.default_rng(5)
     start = {key: rng.standard_normal(shape) for key, shape in SHAPES.items()}
     # The second of three lies below the bound.
@@ -549,7 +549,7 @@ def test_the_gradient_is_clipped_before_decay_momentum_and_moments(name, float64
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_refused_update_changes_no_bit_and_an_accepted_one_is_optax_s(name, monkeypatch, float64):
+def test_a_skipped_update_changes_nothing_and_an_accepted_one_is_optaxs(name, monkeypatch, float64):
     settings = settings_of(name)
     transform = optim.optimizer(settings, SHAPES, steps=STEPS)
     with monkeypatch.context() as patch:

@@ -22,7 +22,7 @@ def window_of(parallel, steps, *, rows=()):
 
 
 @ALL
-def test_finite_steps_are_averaged_and_others_named_with_their_images(parallel_class):
+def test_finite_steps_are_averaged_and_others_are_named_with_their_images(parallel_class):
     steps = [(1.0, 4.0, False), (math.nan, 1.0, False), (2.5, 0.5, False), (3.0, math.inf, False)]
     window = window_of(parallel_class(), steps, rows=[[0.5, 1.5]])
     assert window.read(9) == [
@@ -37,14 +37,14 @@ def test_finite_steps_are_averaged_and_others_named_with_their_images(parallel_c
 
 
 @ALL
-def test_steps_after_the_one_that_stopped_do_not_count(parallel_class):
+def test_steps_after_the_stopping_one_do_not_count(parallel_class):
     steps = [(1.0, 2.0, False), (math.inf, 1.0, True), (7.0, 7.0, True), (math.nan, 1.0, True)]
     window = window_of(parallel_class(), steps)
     assert window.read(4) == [NotFinite(1, "the loss became inf at step 2, on image2, image3", True)]
     assert window.rows == [[1.0, 2.0]]
 
 
-def test_the_rows_of_a_checkpoint_do_not_change_with_the_window():
+def test_recorded_losses_of_a_checkpoint_do_not_change_with_the_window():
     rows = [[0.5, 1.5]]
     window = window_of(JitParallel(), [(1.0, 4.0, False)], rows=rows)
     window.read(1)
@@ -52,7 +52,7 @@ def test_the_rows_of_a_checkpoint_do_not_change_with_the_window():
     assert rows == [[0.5, 1.5]]
 
 
-def test_the_host_waits_for_the_step_that_is_so_many_behind(monkeypatch):
+def test_the_host_waits_for_a_step_a_fixed_number_behind(monkeypatch):
     waited = []
     monkeypatch.setattr(
         recent_losses_module.jax, "block_until_ready", lambda scalars: waited.append(float(scalars["loss"]))
@@ -65,7 +65,7 @@ def test_the_host_waits_for_the_step_that_is_so_many_behind(monkeypatch):
 
 
 @pytest.mark.parametrize("culprit", ["", "The first output that is not finite is that of stem. "])
-def test_the_message_says_what_happened_where_the_state_is_and_what_to_do(culprit, tmp_path):
+def test_the_message_has_the_cause_the_saved_state_and_advice(culprit, tmp_path):
     message = not_finite_message(NotFinite(6, "the loss became nan at step 7, on a", True), culprit, tmp_path)
     start = f"the loss became nan at step 7, on a. {culprit}The state before it is saved in {tmp_path}/checkpoints/6.\n"
     assert message.startswith(start)

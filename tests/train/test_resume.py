@@ -56,7 +56,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("text, fault", DAMAGED.items(), ids=range(len(DAMAGED)))
-def test_a_damaged_result_is_refused_by_file_and_key(text, fault, tmp_path):
+def test_a_damaged_result_is_refused_with_file_and_key(text, fault, tmp_path):
     (tmp_path / "result.json").write_text(text)
     for read in (resume.recorded_config, lambda workdir: resume.earlier_result(plain(make_config()), workdir)):
         with pytest.raises(ValueError) as error:
@@ -64,13 +64,13 @@ def test_a_damaged_result_is_refused_by_file_and_key(text, fault, tmp_path):
         assert str(error.value).startswith(f"{tmp_path / 'result.json'}: ") and fault in str(error.value)
 
 
-def test_a_result_in_the_place_of_which_there_is_something_else_is_refused(tmp_path):
+def test_a_folder_in_place_of_the_result_is_refused(tmp_path):
     (tmp_path / "result.json").mkdir()
     with pytest.raises(RunError, match=r"result\.json: a folder, not a file\. Remove"):
         resume.recorded_config(tmp_path)
 
 
-def test_a_whole_result_is_read_and_what_older_runs_lack_has_its_default(tmp_path):
+def test_an_intact_result_is_read_with_defaults_for_missing_entries(tmp_path):
     config = plain(make_config())
     (tmp_path / "result.json").write_text(result(stopped_early=DELETED, config__eval__patience=DELETED))
     found = resume.earlier_result(config, tmp_path)
@@ -80,7 +80,7 @@ def test_a_whole_result_is_read_and_what_older_runs_lack_has_its_default(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["{}", "{", result(mean_iou="x")])
-def test_an_evaluation_goes_on_without_a_damaged_result(text, tmp_path, capsys):
+def test_an_evaluation_continues_without_a_damaged_result(text, tmp_path, capsys):
     (tmp_path / "result.json").write_text(text)
     summary = {"mean_iou": 0.5, "pixel_accuracy": 0.75, "per_class_iou": [0.5, None], "step": 6}
     evaluate._compare_with_result(tmp_path / "result.json", summary)

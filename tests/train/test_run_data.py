@@ -82,7 +82,7 @@ def test_changed_data_are_listed_and_refused_unless_accepted(tmp_path, capsys, c
         lambda old, new: shutil.copytree(old, new, copy_function=shutil.copyfile),
     ],
 )
-def test_data_that_were_moved_or_copied_are_the_same(tmp_path, move):
+def test_moved_or_copied_data_count_as_unchanged(tmp_path, move):
     kept(folder(tmp_path / "x"), tmp_path, is_new=True)
     move(tmp_path / "x", tmp_path / "elsewhere")
     kept(tmp_path / "elsewhere", tmp_path)
@@ -91,14 +91,14 @@ def test_data_that_were_moved_or_copied_are_the_same(tmp_path, move):
     kept(tmp_path / "elsewhere", tmp_path)
 
 
-def test_a_folder_that_was_moved_is_not_prepared_again(tmp_path):
+def test_a_moved_folder_is_not_prepared_again(tmp_path):
     root = folder(tmp_path / "x")
     first = opened(root, tmp_path)[0].prepared
     root.rename(tmp_path / "y")
     assert opened(tmp_path / "y", tmp_path)[0].prepared.path == first.path
 
 
-def test_other_splits_than_those_of_the_run_may_change(tmp_path):
+def test_splits_other_than_those_of_the_run_may_change(tmp_path):
     root = folder(tmp_path / "x")
     kept(root, tmp_path, is_new=True)
     for part in ("images", "labels"):
@@ -106,7 +106,7 @@ def test_other_splits_than_those_of_the_run_may_change(tmp_path):
     kept(root, tmp_path)
 
 
-def test_runs_and_data_without_hashes_go_on(tmp_path, monkeypatch):
+def test_runs_and_data_without_hashes_are_resumed(tmp_path, monkeypatch):
     root = folder(tmp_path / "x")
     (path,) = {split.prepared.path for split in opened(root, tmp_path)}
     metadata = json.loads((path / "metadata.json").read_text())
@@ -149,7 +149,7 @@ def test_a_published_dataset_with_other_content_is_refused(tmp_path, monkeypatch
     assert builders.prepare("camvid", source=root, data_dir=tmp_path / "data") == first
 
 
-def test_a_setting_that_a_run_chose_for_its_images_is_kept(tmp_path):
+def test_settings_that_a_run_chose_for_its_images_are_kept(tmp_path):
     config = config_of(None, tmp_path)
     config.update_from_flattened_dict({"train.steps": 7, "augment.crop": (64, 96)})
     recorded = json.loads(json.dumps(config.to_dict()))
@@ -159,7 +159,7 @@ def test_a_setting_that_a_run_chose_for_its_images_is_kept(tmp_path):
     assert (found.train.steps, found.augment.crop) == (7, (64, 96)) and config.train.steps is None
 
 
-def test_a_run_finds_its_data_again_and_evaluates_them_wherever_they_lie(tmp_path, monkeypatch, capsys):
+def test_a_run_finds_and_evaluates_its_moved_data(tmp_path, monkeypatch, capsys):
     cheap_step(monkeypatch)
     root, run = folder(tmp_path / "before", name=None, size=(40, 56)), tmp_path / "run"
     classes = json.loads((root / "classes.json").read_text())

@@ -26,7 +26,7 @@ ODD = ["a\nb", "\x1b[2J", "$x$", "道路" * 30, "w" * 300, "plain", "\u202eright
 
 @pytest.mark.parametrize("number", [1, 2, 7, 151])
 @pytest.mark.parametrize("names", [ODD, ["thing"]])
-def test_classes_without_a_pixel_are_one_line_with_the_first_names(number, names, capsys):
+def test_classes_without_pixels_are_reported_in_one_line_with_names(number, names, capsys):
     names = [f"{names[k % len(names)]}{k}" for k in range(number + 1)]
     (line,) = described(names, [0] * number + [5], capsys)
     assert line.startswith(f"warning: {number} of {number + 1} classes without a pixel in train: ")
@@ -35,7 +35,7 @@ def test_classes_without_a_pixel_are_one_line_with_the_first_names(number, names
     assert first in line and (number < 7 or "more" in line)
 
 
-def test_padding_is_one_line_and_no_warning_is_none(capsys):
+def test_padding_is_reported_in_one_line_and_only_if_large(capsys):
     (line,) = described(["a", "b"], [1, 1], capsys, padding=0.625)
     assert line.startswith("warning: 62% of the area") and len(line) <= 80
     assert described(["a", "b"], [1, 1], capsys, padding=0.2) == []

@@ -92,7 +92,7 @@ def without_rates(settings):
 
 
 @pytest.mark.parametrize("family, dialect, assumed", READ)
-def test_the_settings_of_a_model_are_those_of_the_checkpoint(family, dialect, assumed, tmp_path, capsys):
+def test_the_settings_of_a_model_are_read_from_the_checkpoint(family, dialect, assumed, tmp_path, capsys):
     source = odd_model(family)
     path = saved(tmp_path / "a.safetensors", to_torch(source, dialect=dialect))
     config = config_for(family, path)
@@ -111,7 +111,7 @@ def test_the_settings_of_a_model_are_those_of_the_checkpoint(family, dialect, as
 
 
 @pytest.mark.parametrize("family", ["segformer", "mmseg", "hrnet", "ocr", "segnext"])
-def test_an_encoder_gives_the_sizes_of_the_encoder_only(family, tmp_path):
+def test_an_encoder_gives_only_the_sizes_of_the_encoder(family, tmp_path):
     path = saved(tmp_path / "a.safetensors", to_torch(odd_model(family), dialect="backbone"))
     config = config_for(family, path)
     found, before = effective(fitted(config, read_checkpoint(path), given=())), effective(config)
@@ -120,7 +120,7 @@ def test_an_encoder_gives_the_sizes_of_the_encoder_only(family, tmp_path):
     assert found == {key: before[key] if key in of_decoder else expected[key] for key in before}
 
 
-def test_a_decoder_that_is_kept_random_has_the_sizes_of_the_config(tmp_path):
+def test_a_decoder_that_stays_random_has_the_sizes_of_the_config(tmp_path):
     path = saved(tmp_path / "a.safetensors", to_torch(odd_model("segformer")))
     config = config_for("segformer", path)
     config.init.keep = ("decode_head.*",)
@@ -130,7 +130,7 @@ def test_a_decoder_that_is_kept_random_has_the_sizes_of_the_config(tmp_path):
     assert fitted(config, read_checkpoint(path), given=()).model.decoder_dim == 20
 
 
-def test_metadata_of_segjax_is_exact_but_for_rates(tmp_path):
+def test_metadata_of_segjax_are_exact_except_for_rates(tmp_path):
     source = odd_model("zuppichini", drop_path_rate=0.4)
     heads = tiny_model(3, "zuppichini", **ODD["zuppichini"] | dict(num_heads=(2, 4, 5, 4)))
     for model, name in ((source, "folder"), (heads, "other")):
@@ -145,7 +145,7 @@ def test_metadata_of_segjax_is_exact_but_for_rates(tmp_path):
     assert (found.model.num_heads, found.model.drop_path_rate) == ((1, 2, 4, 8), 0.0)
 
 
-def test_a_setting_that_contradicts_the_checkpoint_is_refused_with_both(tmp_path):
+def test_a_setting_that_contradicts_the_checkpoint_is_refused(tmp_path):
     path = saved(tmp_path / "a.safetensors", to_torch(odd_model("segnext"), dialect="mmseg"))
     config = config_for("segnext", path, dims=(8, 12, 20, 28), ham_rank=24)
     with pytest.raises(RunError) as caught:
@@ -177,7 +177,7 @@ def test_a_setting_that_contradicts_the_checkpoint_is_refused_with_both(tmp_path
         ("simple", "segformer", "segformer_simple", False),
     ],
 )
-def test_a_checkpoint_of_another_family_is_refused_with_its_recipe(source, target, recipe, has_encoder, tmp_path):
+def test_a_checkpoint_of_another_family_is_refused_with_the_right_recipe(source, target, recipe, has_encoder, tmp_path):
     path = saved(tmp_path / "a.safetensors", to_torch(tiny_model(1, source)))
     config = config_for(target, path)
     with pytest.raises(CheckpointError) as caught:
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_family_is_refused_with_its_recipe(source, targe
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_every_model_has_a_recipe_by_its_name(name):
+def test_every_model_has_a_recipe(name):
     variant = {"segformer_simple": ":default", "segformer_zuppichini": ":article"}.get(name, "")
     assert recipes.load(recipe_of(name) + variant).model.name == name
 
@@ -237,7 +237,7 @@ def get_config(argument=""):
         (["--config=MINE:small", "--config.model.depths=(1,1,1,1)"], {"dims", "depths", "drop_path_rate"}),
     ],
 )
-def test_settings_on_the_command_line_and_of_config_files_are_given(arguments, given, tmp_path, monkeypatch):
+def test_settings_on_the_command_line_and_in_config_files_are_explicit(arguments, given, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     arguments = [argument.replace("MINE", str(tmp_path / "mine.py")) for argument in arguments]
     seen = []
@@ -259,7 +259,7 @@ def start_of(printed):
     return " ".join(line.split())
 
 
-def test_a_run_with_read_settings_resumes_without_its_checkpoint(cheap, tmp_path, capsys):
+def test_a_run_resumes_without_its_initial_checkpoint(cheap, tmp_path, capsys):
     source = odd_model("segformer", num_classes=7)
     path = tmp_path / "odd.safetensors"
     save(source, path, dialect="hf")
@@ -299,7 +299,7 @@ def test_a_run_with_read_settings_resumes_without_its_checkpoint(cheap, tmp_path
     assert effective(found) == without_rates(settings_of(source))
 
 
-def test_a_run_from_random_weights_prints_that_and_warns_of_shared_images(cheap, tmp_path):
+def test_a_run_prints_random_weights_and_warns_of_shared_images(cheap, tmp_path):
     config = make_config(train__steps=1, data__train_split="train+val", data__eval_split="val")
     _, printed = run(config, tmp_path)
     assert start_of(printed) == "random weights"
@@ -313,7 +313,7 @@ def test_a_run_from_random_weights_prints_that_and_warns_of_shared_images(cheap,
 # ----------------------------------------------------------------------------------------------- runs of older versions
 
 
-def test_a_setting_that_a_recorded_config_lacks_has_its_default():
+def test_a_setting_missing_from_a_recorded_config_has_its_default():
     now = plain(make_config())
     old = copy.deepcopy(now)
     for key in ("augment.photometric", "eval.patience", "optim.frozen", "data.cache_gb", "parallel"):
@@ -328,7 +328,7 @@ def test_a_setting_that_a_recorded_config_lacks_has_its_default():
     assert "photometric" not in old["augment"] and "debug" not in old
 
 
-def test_an_older_run_is_refused_where_a_new_setting_is_not_default(tmp_path):
+def test_an_older_run_is_refused_if_a_new_setting_is_not_the_default(tmp_path):
     now = plain(make_config(augment__photometric=True))
     old = copy.deepcopy(now)
     del old["augment"]["photometric"], old["loss"]["dice"], old["model"]["drop_path_rate"]
@@ -344,7 +344,7 @@ def test_an_older_run_is_refused_where_a_new_setting_is_not_default(tmp_path):
         refuse_other_run({"config": old}, {"config": now}, tmp_path)
 
 
-def test_a_run_that_was_recorded_without_a_setting_resumes_bit_for_bit(cheap, tmp_path, monkeypatch):
+def test_a_run_recorded_without_a_setting_resumes_bit_for_bit(cheap, tmp_path, monkeypatch):
     def older_metadata(config, *parts, original=setup.run_metadata):
         config = copy.deepcopy(config)
         del config["augment"]["flip"], config["train"]["may_skip"], config["loss"]["dice"], config["eval"]["patience"]
@@ -366,7 +366,7 @@ def test_a_run_that_was_recorded_without_a_setting_resumes_bit_for_bit(cheap, tm
         run(make_config(augment__flip=0.25, train__steps=8), tmp_path / "old")
 
 
-def test_settings_of_a_resumed_run_come_from_what_it_recorded(tmp_path):
+def test_settings_of_a_resumed_run_come_from_its_recorded_config(tmp_path):
     path = saved(tmp_path / "a.safetensors", to_torch(odd_model("ocr"), dialect="mmseg"))
     config = config_for("ocr", path)
     first = fitted(config, read_checkpoint(path), given=())
@@ -378,7 +378,7 @@ def test_settings_of_a_resumed_run_come_from_what_it_recorded(tmp_path):
     assert kept.model.align_corners is True and first.model.align_corners is False
 
 
-def test_the_recorded_config_is_that_of_the_newest_whole_checkpoint(tmp_path):
+def test_the_recorded_config_is_that_of_the_newest_intact_checkpoint(tmp_path):
     assert resume.recorded_config(tmp_path) is None
     weights = {"a": np.zeros(3, np.float32)}
     for step in (3, 12, 20):

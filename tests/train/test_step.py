@@ -151,7 +151,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("kind, devices, accumulate", PARTS)
-def test_without_batch_norm_micro_batches_give_what_the_large_batch_gives(kind, devices, accumulate, float64):
+def test_without_batch_norm_micro_batches_equal_the_whole_batch(kind, devices, accumulate, float64):
     states, scalars = of_plain(kind, devices, accumulate)
     expected_states, expected_scalars = of_plain("jit", 1, 1)
     assert_close(states, expected_states)
@@ -161,7 +161,7 @@ def test_without_batch_norm_micro_batches_give_what_the_large_batch_gives(kind, 
     assert changed(before, after) == set(before)
 
 
-def test_micro_batches_and_loops_of_blocks_go_together(float64):
+def test_micro_batches_and_scanned_blocks_can_be_combined(float64):
     depths = (2, 1, 3, 1)
     states, _ = of_plain("pmap", 4, 2, BlockExecution(scan_from=2, remat=True), depths)
     assert_close(states, of_plain("jit", 1, 1, depths=depths)[0])
@@ -178,7 +178,7 @@ def test_micro_batches_and_loops_of_blocks_go_together(float64):
         pytest.param("zuppichini", "sgd", marks=pytest.mark.slow),
     ],
 )
-def test_the_implementations_for_a_gpu_train_as_those_for_a_cpu(family, name, float64):
+def test_the_implementations_for_gpus_train_like_those_for_cpus(family, name, float64):
     """Of operations and losses, and vectors in place of parameters, which are named and frozen as before."""
     rules = dict(name=name, lr=0.003, no_decay=r"norm|bias", lr_multipliers=(("kernel$", 3.0),), clip_norm=0.5)
 
@@ -204,7 +204,7 @@ def test_the_implementations_for_a_gpu_train_as_those_for_a_cpu(family, name, fl
 
 
 @pytest.mark.parametrize("kind", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
-def test_devices_exchange_once_for_each_batch_norm_and_direction(kind):
+def test_devices_communicate_once_for_each_batch_norm_and_direction(kind):
     """And a few times for loss and gradients: each exchange waits for all devices."""
     parallel = parallel_for(kind)
     with layers.meant_for("cuda"):
@@ -249,7 +249,7 @@ def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, fl
     }
 
 
-def test_the_mean_over_micro_batches_would_be_another_loss(float64):
+def test_the_mean_over_micro_batches_would_be_a_different_loss(float64):
     # The pitfall that counts of the whole batch are there for.
     criterion = criterion_of(**LOSS)
     batch = make_batch(0)
@@ -263,7 +263,7 @@ def test_the_mean_over_micro_batches_would_be_another_loss(float64):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_micro_batches_are_every_sample_once_with_a_key_of_their_own(accumulate):
+def test_micro_batches_have_every_sample_once_and_their_own_keys(accumulate):
     step, _ = make_step(Net(0), accumulate=accumulate)
     images, labels = np.arange(8 * 6).reshape(8, 1, 2, 3), np.arange(8).reshape(8, 1, 1)
     parts, of_parts, keys = step.micro_batches(images, labels, jax.random.key(3))
@@ -301,7 +301,7 @@ def of_groups(kind, devices, accumulate):
 
 
 @pytest.mark.parametrize("kind, devices, accumulate", [("jit", 1, 4), ("jit", 2, 2), ("pmap", 2, 2), ("pmap", 4, 1)])
-def test_hard_pixels_of_groups_depend_on_neither_devices_nor_micro_batches(kind, devices, accumulate, float64):
+def test_hard_pixels_of_groups_do_not_depend_on_devices_or_micro_batches(kind, devices, accumulate, float64):
     expected_states, expected_scalars = of_groups("jit", 1, 1)
     states, scalars = of_groups(kind, devices, accumulate)
     assert_close(states, expected_states)
@@ -309,7 +309,7 @@ def test_hard_pixels_of_groups_depend_on_neither_devices_nor_micro_batches(kind,
     assert changed(expected_states[0].params, expected_states[-1].params) == set(expected_states[0].params)
 
 
-def test_auxiliary_logits_have_their_own_loss_and_the_models_corners(float64):
+def test_auxiliary_logits_have_their_own_loss_and_align_corners(float64):
     _, scalars = of_groups("jit", 1, 1)
     model, batch = TwoHeads(), make_batch(3)
     logits, taps = model(normalise(batch["image"]).astype(float))
@@ -353,7 +353,7 @@ def batch_norm_by_hand(model, images, momentum=0.1):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_batch_norm_normalises_each_micro_batch_and_moves_statistics(seed, float64):
+def test_batch_norm_normalises_each_micro_batch_and_updates_statistics(seed, float64):
     model, batch = Net(seed, jnp.float64), make_batch(seed)
     x = np.asarray(normalise(batch["image"]).astype(float))
     found = {}
@@ -373,7 +373,7 @@ def test_batch_norm_normalises_each_micro_batch_and_moves_statistics(seed, float
 # -------------------------------------------------------------------------------------------------------------- frozen
 
 
-def test_frozen_parameters_and_statistics_stay_as_they_are_bit_by_bit():
+def test_frozen_parameters_and_statistics_stay_unchanged_bit_for_bit():
     for frozen, still, statistics in (
         ((), set(), True),
         (("stem",), {"stem.kernel", "stem.bias"}, True),
@@ -412,7 +412,7 @@ def test_a_frozen_batch_norm_normalises_with_its_running_statistics(float64):
     assert abs(expected["bn",] - expected["stem",]) > 1e-3
 
 
-def test_the_norm_of_the_gradient_is_that_of_what_is_trained():
+def test_the_gradient_norm_is_over_trained_parameters():
     batch = make_batch(4)
     norms = {}
     for frozen in ((), ("stem",), ("stem", "bn.scale", "bn.bias")):
@@ -442,7 +442,7 @@ def test_the_moving_average_follows_its_recurrence(decay, kind, devices, float64
     assert changed(states[-1].ema, states[-1].params | states[-1].batch_stats) == set(average)
 
 
-def test_the_average_is_evaluated_and_training_continues_with_the_weights():
+def test_the_average_is_evaluated_and_training_uses_the_raw_weights():
     batches = [make_batch(seed) for seed in range(3)]
     with_average, _ = run(*make_step(Net(0, jnp.float32), ema_decay=0.5), batches)
     without, _ = run(*make_step(Net(0, jnp.float32)), batches)
@@ -522,7 +522,7 @@ class InfiniteSlope(losses.Criterion):
         return total + jnp.sum(jnp.sqrt(0 * logits))
 
 
-def test_a_gradient_that_is_not_finite_is_no_better_than_such_a_loss():
+def test_a_non_finite_gradient_is_treated_like_a_non_finite_loss():
     step, state = make_step(Net(0, jnp.float32), criterion=InfiniteSlope(**vars(criterion_of())), may_skip=3)
     states, (scalars,) = run(step, state, [make_batch(0)])
     assert np.isfinite(scalars["loss"]) and not np.isfinite(scalars["gradient_norm"])
@@ -530,14 +530,14 @@ def test_a_gradient_that_is_not_finite_is_no_better_than_such_a_loss():
     assert states[1].skipped.tolist() == [1, 1] and int(states[1].step) == 1
 
 
-def test_one_bad_micro_batch_spoils_its_batch_alone():
+def test_one_bad_micro_batch_affects_only_its_batch():
     states, scalars = runs_through([GOOD, BAD, GOOD], may_skip=1, accumulate=4)
     assert [bool(np.isfinite(now["loss"])) for now in scalars] == [True, False, True]
     assert_same(rest(states[2]), rest(states[1]))
     assert states[3].skipped.tolist() == [1, 0]
 
 
-def test_the_norm_is_that_before_clipping():
+def test_the_reported_gradient_norm_is_that_before_clipping():
     bound = 1e-3
     step, state = make_step(
         Net(0, jnp.float32), optimizer=dict(clip_norm=bound, momentum=0.0, weight_decay=0.0, warmup_steps=0, lr=1.0)
@@ -551,7 +551,7 @@ def test_the_norm_is_that_before_clipping():
     assert scalars["gradient_norm"] > 10 * bound
 
 
-def test_scalars_of_several_steps_come_as_one_array_each():
+def test_scalars_of_several_steps_are_returned_as_one_array_each():
     for kind in ("jit", "pmap"):
         parallel = parallel_for(kind)
         found = parallel.scalars([parallel.replicate({"loss": 0.5 * step, "stopped": step > 1}) for step in range(3)])

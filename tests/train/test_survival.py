@@ -87,7 +87,7 @@ def wait_for_step(workdir, step, process):
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-def test_a_run_that_is_killed_ten_times_ends_in_the_same_bits(train, alone, tmp_path):
+def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(train, alone, tmp_path):
     output = tmp_path / "output"
     done = kill_until_finished(
         lambda output: train(tmp_path / "run", output), tmp_path / "run", output, kills=10, seed=0
@@ -151,7 +151,7 @@ def hard_life(train, alone, tmp_path_factory):
     return workdir, stages
 
 
-def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_life):
+def test_sigterm_ends_a_run_with_143_after_saving_and_prints_advice(hard_life):
     stage = hard_life[1]["told to stop"]
     newest = stage.checkpoints[-1]
     assert stage.status == 143 and 8 <= newest < STEPS
@@ -161,7 +161,7 @@ def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_lif
     )
 
 
-def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
+def test_a_second_signal_ends_a_run_at_once_with_an_intact_last_save(hard_life):
     _, stages = hard_life
     stage = stages["told twice"]
     assert stage.status == 143 and "segjax train: stopped at once; the last complete save remains" in stage.said
@@ -178,7 +178,7 @@ def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
         (RECORDS_ALONE, r"runs/name/(metrics\.jsonl|tensorboard): File too large\."),
     ],
 )
-def test_a_full_disk_ends_a_run_with_the_reason_and_a_whole_last_save(hard_life, room, where):
+def test_a_full_disk_ends_a_run_with_the_reason_and_an_intact_last_save(hard_life, room, where):
     _, stages = hard_life
     stage, before = stages[room], stages["told twice"].checkpoints
     assert stage.status == 2 and stage.checkpoints[-1] >= before[-1]
@@ -187,14 +187,14 @@ def test_a_full_disk_ends_a_run_with_the_reason_and_a_whole_last_save(hard_life,
     assert "Traceback" not in stage.said and "rror" not in stage.said[: complaint.start()]
 
 
-def test_after_all_that_the_run_ends_in_the_same_bits(hard_life, alone):
+def test_after_all_interruptions_a_run_ends_with_the_same_bits(hard_life, alone):
     workdir, stages = hard_life
     assert stages["with room"].status == 0, stages["with room"].said
     assert differing(alone, workdir) == []
     assert not [path for path in workdir.rglob("*tmp*") if path.is_dir()]
 
 
-def test_what_finds_no_room_after_the_training_costs_nothing_of_it(train, alone, tmp_path):
+def test_a_full_disk_after_training_loses_no_training(train, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(alone[0], workdir)
     (workdir / "result.json").unlink()
@@ -212,7 +212,7 @@ def test_what_finds_no_room_after_the_training_costs_nothing_of_it(train, alone,
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_leads_to_the_same_bits_from_an_older(train, alone, tmp_path):
+def test_with_a_damaged_newest_checkpoint_a_run_ends_with_the_same_bits(train, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(alone[0], workdir)
     (workdir / "result.json").unlink()

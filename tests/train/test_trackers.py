@@ -126,7 +126,7 @@ def test_a_resumed_run_continues_its_record_and_sends_nothing_twice(starts, fake
     assert steps_of(tmp_path) == [*range(1, 12), 11] and len(fake.of("image")) == 1
 
 
-def test_a_tracker_that_was_absent_for_a_while_gets_what_is_made_again(fake, tmp_path):
+def test_a_tracker_that_was_absent_gets_recomputed_steps(fake, tmp_path):
     log = begin(tmp_path).__enter__()
     write(log, *range(1, 5))
     log = begin(tmp_path, 4, trackers=()).__enter__()
@@ -137,7 +137,7 @@ def test_a_tracker_that_was_absent_for_a_while_gets_what_is_made_again(fake, tmp
     assert len({settings["id"] for (settings,) in fake.of("init")}) == 1 and len(fake.of("init")) == 2
 
 
-def test_a_tracker_that_failed_gets_what_it_lacks_once_it_works(fake, tmp_path):
+def test_a_tracker_that_failed_gets_the_missing_records_once_it_works(fake, tmp_path):
     log = begin(tmp_path).__enter__()
     write(log, 1, 2, 3)
     fake.fails = ("scalars",)
@@ -149,7 +149,7 @@ def test_a_tracker_that_failed_gets_what_it_lacks_once_it_works(fake, tmp_path):
     assert [step for step, _ in fake.of("scalars")] == [4, 5, 6, 7]
 
 
-def test_an_evaluation_that_is_made_again_at_the_checkpoint_is_sent_again(fake, tmp_path):
+def test_a_repeated_evaluation_at_the_checkpoint_is_sent_again(fake, tmp_path):
     with begin(tmp_path) as log:
         write(log, 1, 2)
         evaluate(log, 2)
@@ -158,7 +158,7 @@ def test_an_evaluation_that_is_made_again_at_the_checkpoint_is_sent_again(fake, 
     assert [values["mean_iou"] for _, values in fake.of("scalars") if "mean_iou" in values] == [0.5, 0.75]
 
 
-def test_a_run_that_starts_over_or_has_lost_its_id_is_another_record(fake, tmp_path, capsys):
+def test_a_run_that_starts_over_or_lost_its_id_gets_a_new_record(fake, tmp_path, capsys):
     for start in (0, 0, 1):
         with begin(tmp_path, start) as log:
             write(log, start + 1)
@@ -171,7 +171,7 @@ def test_a_run_that_starts_over_or_has_lost_its_id_is_another_record(fake, tmp_p
     assert ids[1] == ids[2] and len({ids[0], ids[1], ids[3]}) == 3
 
 
-def test_a_tracker_that_joins_a_run_gets_what_is_made_from_then_on(fake, tmp_path):
+def test_a_tracker_that_joins_a_run_gets_only_later_records(fake, tmp_path):
     with begin(tmp_path, trackers=()) as log:
         write(log, 1, 2, 3)
     assert not (tmp_path / STATE).exists() and not (tmp_path / "tensorboard").exists()
@@ -181,7 +181,7 @@ def test_a_tracker_that_joins_a_run_gets_what_is_made_from_then_on(fake, tmp_pat
 
 
 @pytest.mark.parametrize("call", ["init", "config", "scalars", "image", "artifact", "close"])
-def test_a_tracker_that_raises_is_one_warning_and_the_run_goes_on(call, fake, tmp_path, capsys):
+def test_a_failing_tracker_gives_one_warning_and_the_run_continues(call, fake, tmp_path, capsys):
     fake.fails = (call,)
     with begin(tmp_path) as log:
         write(log, 1, 2)
@@ -194,13 +194,13 @@ def test_a_tracker_that_raises_is_one_warning_and_the_run_goes_on(call, fake, tm
     assert f"ConnectionError: no {call}\\nat all" in said and fake.calls[-1][0] == call
 
 
-def test_the_end_by_an_error_is_a_failure_of_the_record(fake, tmp_path):
+def test_a_run_that_ends_with_an_error_is_recorded_as_failed(fake, tmp_path):
     with pytest.raises(ZeroDivisionError), begin(tmp_path):
         raise ZeroDivisionError
     assert fake.of("close") == [[1]]
 
 
-def test_one_process_of_several_has_the_trackers(fake, tmp_path):
+def test_only_one_of_several_processes_has_the_trackers(fake, tmp_path):
     with begin(tmp_path, active=False) as log:
         write(log, 1)
         evaluate(log, 1)

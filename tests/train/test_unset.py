@@ -69,7 +69,7 @@ def data_of(train_split):
         (("test", "train", "val"), "train+val", "test"),
     ],
 )
-def test_val_is_evaluated_or_else_test(labelled, train_split, expected):
+def test_val_is_evaluated_or_otherwise_test(labelled, train_split, expected):
     assert unset.evaluated_split(labelled, data_of(train_split)) == expected
 
 
@@ -78,7 +78,7 @@ def test_data_without_a_split_to_evaluate_is_refused_with_its_splits():
         unset.evaluated_split(("train", "extra"), data_of("train"))
 
 
-def test_every_unset_setting_is_chosen_from_the_images_and_the_start(tmp_path):
+def test_unset_settings_are_chosen_from_the_images_and_initial_weights(tmp_path):
     root = write_folder(tmp_path, {"train": 5, "test": 2})
     config, chosen = unset.filled(config_for(root))
     assert (config.augment.crop, config.train.steps, config.optim.warmup_steps) == ((64, 96), 2000, 200)
@@ -90,7 +90,7 @@ def test_every_unset_setting_is_chosen_from_the_images_and_the_start(tmp_path):
     assert {*chosen} == {*unset.KEYS}
 
 
-def test_a_setting_that_is_given_is_not_chosen(tmp_path):
+def test_an_explicit_setting_is_not_changed(tmp_path):
     root = write_folder(tmp_path, {"train": 5, "val": 2})
     config = train.parse(
         [
@@ -112,7 +112,7 @@ def test_a_setting_that_is_given_is_not_chosen(tmp_path):
     }
 
 
-def test_a_resumed_run_keeps_what_was_chosen_and_may_become_longer(tmp_path):
+def test_a_resumed_run_keeps_its_chosen_settings_and_may_become_longer(tmp_path):
     root = write_folder(tmp_path, {"train": 5, "val": 2})
     began, _ = unset.filled(config_for(root, **{"init.checkpoint": str(tmp_path)}))
     assert (began.train.steps, began.optim.warmup_steps) == (2000, 200)

@@ -37,12 +37,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_part_of_an_image_has_the_box_and_its_surroundings():
+def test_the_shown_part_of_an_image_has_the_box_and_its_surroundings():
     assert audit.part_around((100, 50, 10, 20), (400, 500)) == (slice(26, 94), slice(76, 134))
     assert audit.part_around((0, 300, 200, 100), (400, 500)) == (slice(200, 400), slice(0, 300))
 
 
-def test_pictures_have_class_colours_and_the_outline_of_the_region(folder):
+def test_pictures_show_class_colours_and_the_outline_of_the_region(folder):
     entries = page_data(folder)["regions"]
     assert len(entries) == 3
     for entry, shown in zip(entries, SHOWN, strict=True):

@@ -54,11 +54,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_results_hold_the_summary_and_the_metadata(folder):
+def test_results_contain_the_summary_and_the_metadata(folder):
     assert json.loads((folder / "results.json").read_text()) == {"duration_s": 3, **SUMMARY}
 
 
-def test_differences_are_in_the_colour_of_who_is_right(folder):
+def test_differences_are_in_the_colour_of_the_model_that_is_right(folder):
     for entry, shown in zip(page_data(folder)["images"], SHOWN, strict=True):
         layers = {name: decoded(entry[name]) for name in ("image", "truth", "A", "B", "differences")}
         assert {layer.shape[:2] for layer in layers.values()} == {(40, 64)}
@@ -104,7 +104,7 @@ seen.bold = $("b").length;
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine to open the page with")
 @pytest.mark.parametrize("width", [1200, 390])
-def test_the_page_shows_all_of_it(folder, width, tmp_path):
+def test_the_page_shows_the_whole_comparison(folder, width, tmp_path):
     seen = seen_by(folder / "index.html", VISIT, tmp_path, f"--window-size={width},900")
     assert seen["title"] == "Two models on noise" and seen["bold"] == 0 and seen["wide"] <= 0 and seen["loaded"]
     for words in ("runs/<a>", "−0.0625", "-0.1250 to -0.0312: A is better", "25.00% of the labelled"):

@@ -19,7 +19,7 @@ ANSWER = demo.answer(IMAGE, LABELS, CONFIDENCE, SPEC)
 TIMES = {"size": [30, 50], "given_size": [60, 100], "seconds": 0.1234, "compiled_seconds": 3.21}
 
 
-def test_an_answer_has_the_pixels_in_their_colours_and_the_classes_by_size():
+def test_an_answer_has_coloured_pixels_and_classes_sorted_by_size():
     np.testing.assert_array_equal(decoded(ANSWER["labels"])[..., ::-1], np.array(SPEC.colors, np.uint8)[LABELS])
     np.testing.assert_array_equal(decoded(ANSWER["confidence"])[..., 0], CONFIDENCE)
     share = LABELS.mean()
@@ -34,7 +34,7 @@ def test_a_model_that_gives_only_labels_has_no_confidence():
     assert answer["confidence"] is answer["mean_confidence"] is answer["classes"][0]["confidence"] is None
 
 
-def test_an_image_of_other_numbers_is_shown_and_a_large_one_smaller():
+def test_images_of_other_dtypes_are_shown_and_large_ones_reduced():
     image = RNG.integers(0, 4000, (40, 3200, 5)).astype(np.uint16)
     answer = demo.answer(image, np.zeros((40, 3200), np.uint16), None, SPEC)
     assert decoded(answer["picture"]).shape == (20, 1600, 3) and decoded(answer["labels"]).shape == (20, 1600, 3)

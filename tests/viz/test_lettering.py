@@ -52,7 +52,7 @@ def images(seed, names):
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.usefixtures("only_matplotlibs_fonts")
-def test_pictures_are_made_whatever_a_class_and_an_image_are_called(name, tmp_path):
+def test_pictures_are_drawn_for_any_names_of_classes_and_images(name, tmp_path):
     spec = make_spec([name, "car"])
     pixels, labels = images(1, spec.label_names)
     pictures.save_prediction(tmp_path / "p.png", pixels[0], labels[0], labels[1], spec, title=name)
@@ -66,7 +66,7 @@ def test_pictures_are_made_whatever_a_class_and_an_image_are_called(name, tmp_pa
 
 
 @pytest.mark.usefixtures("only_matplotlibs_fonts")
-def test_every_text_of_a_figure_is_drawn_as_it_is_in_a_font_that_has_it(tmp_path, monkeypatch):
+def test_every_text_of_a_figure_is_drawn_in_a_font_that_has_its_letters(tmp_path, monkeypatch):
     figures, save = [], pictures._save
     monkeypatch.setattr(pictures, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
     spec = make_spec([*NAMES, RARE])
@@ -86,20 +86,20 @@ def test_every_text_of_a_figure_is_drawn_as_it_is_in_a_font_that_has_it(tmp_path
 
 
 @pytest.mark.usefixtures("only_matplotlibs_fonts")
-def test_a_name_without_a_font_becomes_its_number_and_others_stay():
+def test_only_a_name_without_a_font_is_replaced_by_its_number():
     assert not FT2Font(str(FONTS / "DejaVuSans.ttf")).get_char_index(ord(RARE))
     assert lettering.class_names(make_spec(["road", "道路", RARE, ""])) == ["road", "class 1", RARE, "class 3"]
     assert lettering.font_of(RARE) == ITS_FONT and lettering.font_of("road").name == "DejaVuSans.ttf"
 
 
-def test_fonts_of_boxes_and_symbols_are_never_taken():
+def test_fonts_of_boxes_and_symbols_are_never_used():
     installed = {font.name for font in lettering._installed()}
     assert "DejaVuSerif.ttf" in installed
     assert not installed & {"LastResortHE-Regular.ttf", "cmsy10.ttf", "cmmi10.ttf", "STIXNonUni.ttf"}
 
 
 @pytest.mark.usefixtures("only_matplotlibs_fonts")
-def test_the_legend_of_an_overlay_draws_the_letters():
+def test_the_legend_of_an_overlay_draws_the_letters_of_its_names():
     """A legend differs from that of a blank name, and not from that of the text that is drawn instead."""
 
     def legend(name):

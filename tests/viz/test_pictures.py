@@ -15,7 +15,7 @@ def make_spec(num_classes):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_class_has_its_colour_and_what_is_ignored_is_black(seed):
+def test_every_class_has_its_colour_and_ignored_pixels_are_black(seed):
     spec = make_spec(11)
     labels = np.random.default_rng(seed).choice([*range(11), 255], (13, 7)).astype(np.uint8)
     colours = pictures.colourise(labels, spec)
@@ -50,7 +50,7 @@ def test_a_prediction_is_drawn_with_all_its_colours(num_classes, size, tmp_path)
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
 
 
-def test_curves_are_drawn_from_any_part_of_a_log(tmp_path):
+def test_a_curve_is_drawn_from_any_part_of_a_log(tmp_path):
     losses = [{"step": 10 * i, "loss": 3.0 / i, "lr": 1e-3, "images_per_second": None} for i in range(1, 5)]
     scores = [{"step": 20, "mean_iou": 0.3, "pixel_accuracy": 0.5}, {"step": 40, "mean_iou": None}]
     sizes = set()
@@ -61,7 +61,7 @@ def test_curves_are_drawn_from_any_part_of_a_log(tmp_path):
     assert len(sizes) == 1
 
 
-def test_a_curve_says_what_the_axes_are_and_shows_the_score(tmp_path, monkeypatch):
+def test_a_curve_labels_its_axes_and_shows_the_score(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
     records = [{"step": s, "loss": 2.0, "lr": 1e-3 * s, "images_per_second": 1.0} for s in (1, 2)]
@@ -74,7 +74,7 @@ def test_a_curve_says_what_the_axes_are_and_shows_the_score(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint16"), (2, "float32"), (13, "uint8")])
-def test_images_of_other_channels_are_drawn(channels, dtype, tmp_path):
+def test_images_with_other_channels_are_drawn(channels, dtype, tmp_path):
     image, labels = array(1, (40, 56), channels, dtype), np.random.default_rng(2).integers(0, 3, (40, 56))
     pictures.save_prediction(tmp_path / "a.png", image, labels, labels, make_spec(3), title="bands")
     assert cv2.imread(str(tmp_path / "a.png")).shape[2] == 3

@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_figures_by_class_are_those_of_sets_of_pixels(seed):
+def test_figures_by_class_match_sets_of_pixels(seed):
     rng = np.random.default_rng(seed)
     truth, guess = rng.integers(0, 3, 500), rng.integers(0, 4, 500)
     table = metrics.by_class(metrics.confusion_matrix(truth, guess, num_classes=5, ignore_label=255))
@@ -75,7 +75,7 @@ def test_figures_by_class_are_those_of_sets_of_pixels(seed):
     assert [table[name][4] for name in report.COLUMNS] == [None, None, None, None, None, 0]
 
 
-def test_results_hold_what_they_come_from_and_all_figures(folder):
+def test_results_contain_their_origin_and_all_figures(folder):
     results = json.loads((folder / "results.json").read_text())
     table = metrics.by_class(CONFUSION)
     assert (results["step"], results["checkpoint"]) == (7, "x")
@@ -94,7 +94,7 @@ def test_results_hold_what_they_come_from_and_all_figures(folder):
         assert cv2.imread(str(folder / f"worst/{place:02d}.png")).shape[1] == 1260
 
 
-def test_further_measures_are_in_the_results_and_their_means_in_the_page(tmp_path):
+def test_further_measures_are_in_the_results_and_their_means_on_the_page(tmp_path):
     details = {"mean_boundary_iou": 0.125, "per_class_boundary_iou": [0.125, None, 0.125, 0.125], "image_iou": None}
     details |= {"class_iou": 0.375, "worst_image_iou": 0.0625, "mean_iou_interval": [0.25, 0.5]}
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="t", facts=FACTS, metadata={}, details=details)
@@ -115,7 +115,7 @@ CALIBRATION["reliability"] = [EMPTY] * 12 + [
 ]
 
 
-def test_calibration_is_in_the_results_and_in_the_page(tmp_path):
+def test_calibration_is_in_the_results_and_on_the_page(tmp_path):
     arguments = dict(title="t", facts=FACTS, metadata={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], **arguments, details={"calibration": CALIBRATION})
     assert json.loads((tmp_path / "results.json").read_text())["calibration"] == CALIBRATION
@@ -131,7 +131,7 @@ def test_calibration_is_in_the_results_and_in_the_page(tmp_path):
         assert page_data(tmp_path)["calibration"] is None
 
 
-def test_tables_read_back_as_what_was_counted(folder):
+def test_tables_are_read_back_as_written(folder):
     with (folder / "classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     table = metrics.by_class(CONFUSION)
@@ -151,7 +151,7 @@ KINDS = {
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine to open the page with")
-def test_the_page_has_a_table_of_corrupted_images_where_there_are_any(tmp_path):
+def test_the_page_has_a_table_of_corruptions_only_if_evaluated(tmp_path):
     details = {"corruptions": {"mean_iou": 0.25, "relative": 0.5, "kinds": KINDS}}
     visit = r"""
     const seen = {}, section = document.getElementById("corrupted");
@@ -174,7 +174,7 @@ def test_the_page_has_a_table_of_corrupted_images_where_there_are_any(tmp_path):
 
 
 @pytest.mark.parametrize("num_classes", [1, 150])
-def test_a_matrix_of_any_size_is_drawn_and_a_class_without_pixels_too(num_classes, tmp_path):
+def test_a_matrix_of_any_size_is_drawn_including_classes_without_pixels(num_classes, tmp_path):
     spec = specs.DatasetSpec("k", tuple(f"class {k}" for k in range(num_classes)), ((9, 9, 9),) * num_classes, 255)
     classes = max(num_classes, 2)
     confusion = np.random.default_rng(0).integers(0, 50, (classes, classes)) + 500 * np.eye(classes, dtype=int)
@@ -196,7 +196,7 @@ def test_a_report_replaces_an_older_one_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == files
 
 
-def test_a_report_that_is_torn_down_leaves_the_older_page_whole(tmp_path, monkeypatch):
+def test_a_report_that_fails_while_replacing_leaves_the_older_page_intact(tmp_path, monkeypatch):
     arguments = dict(facts={}, metadata={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="first", **arguments)
     before = (tmp_path / "index.html").read_bytes()
@@ -213,7 +213,7 @@ def test_a_report_that_is_torn_down_leaves_the_older_page_whole(tmp_path, monkey
     assert (tmp_path / "index.html").read_bytes() == before
 
 
-def test_a_report_cut_off_leaves_every_file_of_the_older_one(tmp_path, monkeypatch):
+def test_a_report_that_fails_while_writing_leaves_all_older_files(tmp_path, monkeypatch):
     arguments = dict(facts={}, metadata={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="first", **arguments)
     before = contents(tmp_path)
@@ -240,7 +240,7 @@ def decoded(uri):
     return cv2.imdecode(np.frombuffer(base64.b64decode(uri.partition(",")[2]), np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def test_the_page_needs_nothing_from_anywhere(folder):
+def test_the_page_loads_nothing_from_elsewhere(folder):
     text = (folder / "index.html").read_text()
     without_pictures = re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", text)
     addresses = set(re.findall(r"https?://[^\s\"'`)]+", without_pictures))
@@ -359,13 +359,13 @@ def figures(column):
     return ["–" if value is None else f"{value:.4f}" for value in metrics.by_class(CONFUSION)[column]]
 
 
-def test_names_are_shown_as_they_are_and_never_as_code(visited):
+def test_names_are_shown_literally_and_never_as_code(visited):
     assert visited["title"] == ["a <model>"] * 2
     assert visited["names"] == list(NAMES) and visited["bold"] == 0
     assert "runs/x" in visited["text"] and f"{metrics.summarise(CONFUSION)['mean_iou']:.4f}" in visited["text"]
 
 
-def test_the_diagram_has_a_bar_for_each_bin_that_has_pixels(visited):
+def test_the_diagram_has_a_bar_for_each_bin_with_pixels(visited):
     right, gap, share = visited["reliability"]
     np.testing.assert_allclose(right, [280 * 0.6, 280 * 0.95, 0])
     np.testing.assert_allclose(gap, [280 * 0.23, 280 * 0.05, 280 * 0.97])
@@ -375,7 +375,7 @@ def test_the_diagram_has_a_bar_for_each_bin_that_has_pixels(visited):
     assert visited["calibrated"] == ["0.0625", "0.1250", "0.5000", "0.7500", "0.0313", "0.8750", "–", "0.2500"]
 
 
-def test_a_column_is_sorted_either_way_and_what_has_no_figure_comes_last(visited):
+def test_a_column_is_sorted_either_way_with_missing_figures_last(visited):
     known = sorted(value for value in figures("iou") if value != "–")
     assert visited["ascending"] == [*known, "–"]
     assert visited["descending"] == [*known[::-1], "–"]
@@ -395,12 +395,12 @@ def test_the_matrix_has_a_cell_for_every_pair_and_names_the_worst(visited):
     assert len(visited["confused"]) == np.count_nonzero(wrong)
 
 
-def test_the_names_beside_a_small_matrix_are_no_larger_than_a_heading(visited):
+def test_the_names_next_to_a_small_matrix_are_smaller_than_a_heading(visited):
     name, heading = visited["heights"]
     assert 8 < name < heading
 
 
-def test_the_slider_moves_the_line_that_its_knob_is_at(visited):
+def test_the_line_between_two_pictures_follows_the_slider(visited):
     right = {}
     for stop, path in visited["slider"].items():
         # From the right side, as the browser has worked it out: a share of the width and pixels.
@@ -442,7 +442,7 @@ HOSTILE = (
 )
 
 
-def test_names_from_outside_cannot_break_the_page_or_the_tables(tmp_path):
+def test_hostile_names_cannot_break_the_page_or_the_tables(tmp_path):
     number = len(HOSTILE)
     spec = specs.DatasetSpec("noise", HOSTILE, ((9, 9, 9),) * number, 255)
     shown = [make_shown(seed, (30, 50), labels=(0, 1, 3))._replace(name=name) for seed, name in enumerate(HOSTILE)]

@@ -111,7 +111,7 @@ def test_a_video_keeps_its_frames_their_order_and_their_rate(rate, suffix, tmp_p
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
-def test_a_title_that_is_not_utf8_is_no_fault(suffix, tmp_path):
+def test_a_title_that_is_not_utf8_is_accepted(suffix, tmp_path):
     source = film(tmp_path / f"clip{suffix}", moving(3, 64, 96), codec="libx264", title="abcdefgh")
     content = source.read_bytes()
     assert content.count(b"abcdefgh") == 1
@@ -128,7 +128,7 @@ def test_the_times_of_a_varying_rate_are_kept(tmp_path):
     assert seen(tmp_path / "out" / "overlay" / "clip.mp4")[1] == [Fraction(time, 60) for time in times]
 
 
-def test_odd_sides_get_their_last_pixel_twice_and_it_is_said(tmp_path, capsys):
+def test_odd_sides_repeat_their_last_pixel_with_a_message(tmp_path, capsys):
     frames = moving(5, 63, 401)
     source = film(tmp_path / "clip.mkv", frames, codec="ffv1")
     assert run(source, "--output", tmp_path / "out") == 0
@@ -160,7 +160,7 @@ MIRRORED = [((-1, 0, 0, 1), 0), ((1, 0, 0, -1), 2), ((0, 1, 1, 0), 1), ((0, -1, 
 @pytest.mark.parametrize(
     ("matrix", "turns", "is_mirrored"), [(*turn, False) for turn in TURNS] + [(*turn, True) for turn in MIRRORED]
 )
-def test_a_video_is_turned_and_mirrored_as_its_file_says(matrix, turns, is_mirrored, tmp_path):
+def test_the_rotation_and_mirroring_in_a_video_file_are_applied(matrix, turns, is_mirrored, tmp_path):
     """A telephone's; and that of a camera at its front, which is mirrored first and then turned."""
     frames = moving(3, 64, 96)
     source = film(tmp_path / "clip.mp4", frames)
@@ -176,7 +176,7 @@ def test_a_video_is_turned_and_mirrored_as_its_file_says(matrix, turns, is_mirro
             np.testing.assert_array_equal(np.array(labels), MODEL.labels(expected))
 
 
-def test_sound_is_dropped_and_that_is_said(tmp_path, capsys):
+def test_sound_is_dropped_with_a_message(tmp_path, capsys):
     source = film(tmp_path / "clip.mp4", moving(5, 64, 400), sound=True)
     assert seen(source)[3] == ["video", "audio"]
     assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 0
@@ -184,7 +184,7 @@ def test_sound_is_dropped_and_that_is_said(tmp_path, capsys):
     assert seen(tmp_path / "out" / "overlay" / "clip.mp4")[3] == ["video"]
 
 
-def test_frames_go_through_the_model_in_batches_of_one_program(tmp_path):
+def test_frames_are_predicted_in_batches_with_one_program(tmp_path):
     frames = moving(7, 64, 400)
     source = film(tmp_path / "clip.mp4", frames)
     PROGRAMS.clear()
@@ -195,7 +195,7 @@ def test_frames_go_through_the_model_in_batches_of_one_program(tmp_path):
             np.testing.assert_array_equal(np.array(labels), MODEL.labels(image))
 
 
-def test_a_damaged_video_is_told_and_leaves_nothing_half_done(tmp_path, capsys):
+def test_a_damaged_video_is_reported_and_leaves_no_partial_output(tmp_path, capsys):
     whole = film(tmp_path / "in" / "a.mkv", moving(30, 64, 400)).read_bytes()
     (tmp_path / "in" / "b.mp4").write_bytes(b"no video at all, but text that is long enough to look at" * 9)
     (tmp_path / "in" / "c.mkv").write_bytes(whole[: len(whole) // 3])
@@ -209,7 +209,7 @@ def test_a_damaged_video_is_told_and_leaves_nothing_half_done(tmp_path, capsys):
     assert not [name for name in names if ".part" in name]
 
 
-def test_a_failure_in_the_middle_of_a_video_takes_its_files_back(tmp_path, monkeypatch, capsys):
+def test_a_failure_in_the_middle_of_a_video_removes_its_files(tmp_path, monkeypatch, capsys):
     source = film(tmp_path / "clip.mp4", moving(12, 64, 400))
     out = tmp_path / "out"
     original = video.Writer.write
@@ -229,7 +229,7 @@ def test_a_failure_in_the_middle_of_a_video_takes_its_files_back(tmp_path, monke
     monkeypatch.undo()
 
 
-def test_a_finished_video_is_left_alone_when_resuming(tmp_path, capsys):
+def test_a_finished_video_is_kept_when_resuming(tmp_path, capsys):
     source = film(tmp_path / "clip.mp4", moving(4, 64, 400))
     arguments = (source, "--output", tmp_path / "out", "--resume")
     assert run(*arguments) == 0
@@ -241,7 +241,7 @@ def test_a_finished_video_is_left_alone_when_resuming(tmp_path, capsys):
     assert len(list((tmp_path / "out" / "labels" / "clip.mp4").iterdir())) == 4
 
 
-def test_the_colours_of_a_video_are_those_of_the_classes(tmp_path):
+def test_the_colours_in_a_video_are_those_of_the_classes(tmp_path):
     """Through BT.709 and back: what a player shows that reads what the file says of its colours."""
     header = video.Header(2, Fraction(25), Fraction(1, 25), False)
     picture = np.zeros((64, 320, 3), np.uint8)
@@ -268,7 +268,7 @@ def cut(source, path, share):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
-def test_a_video_that_ends_before_its_header_says_is_written_and_named(suffix, tmp_path, capsys):
+def test_a_video_shorter_than_its_header_states_is_written_and_named(suffix, tmp_path, capsys):
     codec = "mpeg4" if suffix == ".avi" else "libx264rgb"
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(30)]
@@ -323,7 +323,7 @@ def test_resume_names_a_video_that_ended_early_again_until_it_is_replaced(tmp_pa
     assert (status, told) == (0, "") and "everything is done already" in said
 
 
-def test_a_video_that_was_trimmed_without_coding_it_anew_is_whole(tmp_path):
+def test_a_video_trimmed_without_reencoding_is_complete(tmp_path):
     """Its header counts frames that are not shown; telephones trim like that."""
     whole = film(tmp_path / "whole.mp4", moving(30, 64, 96))
     with av.open(str(whole)) as container, av.open(str(tmp_path / "trimmed.mp4"), "w") as output:
@@ -341,7 +341,7 @@ def test_a_video_that_was_trimmed_without_coding_it_anew_is_whole(tmp_path):
     assert number < header.frames == 30 and not progress.faults()
 
 
-def test_frames_that_the_decoder_makes_up_are_named(tmp_path, capsys):
+def test_videos_with_frames_made_up_by_the_decoder_are_named(tmp_path, capsys):
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(20)]
     whole = film(tmp_path / "whole.ts", frames, codec="mpeg2video")
@@ -353,7 +353,7 @@ def test_frames_that_the_decoder_makes_up_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("times", [[0, 40, 40, 80, 120, 120], [0, 0, 0, 1, 40], [5, 45, 45, 45]])
-def test_repeated_times_are_moved_as_little_as_h264_needs(times, tmp_path):
+def test_repeated_times_are_moved_as_little_as_h264_requires(times, tmp_path):
     source = film(
         tmp_path / "clip.mkv", moving(len(times), 64, 400), times=times, time_base=Fraction(1, 1000), codec="ffv1"
     )
@@ -388,7 +388,7 @@ def test_backward_times_continue_until_the_source_is_ahead_again(times, expected
         assert np.abs(written.astype(int) - image).mean() < 12
 
 
-def test_a_video_whose_times_begin_again_is_written_to_its_end(tmp_path, capsys):
+def test_a_video_with_restarting_times_is_written_to_its_end(tmp_path, capsys):
     """Recorders append to transport streams, with a clock that begins anew."""
     (tmp_path / "clip.ts").write_bytes(3 * endless(8))
     assert run(tmp_path / "clip.ts", "--output", tmp_path / "out", "--write", "overlay") == 0
@@ -486,7 +486,7 @@ def test_a_video_at_an_address_keeps_its_times_and_hides_its_password(tmp_path, 
     assert "secret" not in said and "secret" not in (out / "predict.json").read_text()
 
 
-def test_ctrl_c_ends_a_stream_without_an_end_with_a_whole_video(tmp_path, capsys, served, monkeypatch):
+def test_ctrl_c_ends_an_endless_stream_with_a_complete_video(tmp_path, capsys, served, monkeypatch):
     monkeypatch.setattr(video, "PATIENCE", 0.5)
     ended = threading.Event()
     address = served(content=endless(), more=lambda: ended.wait(20) or b"")
@@ -503,14 +503,14 @@ def test_ctrl_c_ends_a_stream_without_an_end_with_a_whole_video(tmp_path, capsys
     assert "stopped" in captured.err and not list(tmp_path.rglob(".*part*"))
 
 
-def test_ctrl_c_in_a_video_with_an_end_leaves_nothing_of_it(tmp_path, monkeypatch):
+def test_ctrl_c_in_a_video_file_leaves_no_output(tmp_path, monkeypatch):
     source = film(tmp_path / "clip.mkv", moving(8, 64, 96))
     stop_after(monkeypatch, 3)
     assert run(source, "--output", tmp_path / "out", "--batch", 1, "--write", "overlay") == 130
     assert not (tmp_path / "out" / "overlay" / "clip.mp4").exists() and not list(tmp_path.rglob(".*part*"))
 
 
-def test_a_stream_that_stops_is_written_up_to_there_and_named_again(tmp_path, capsys, served, monkeypatch):
+def test_a_stream_that_stops_is_written_so_far_and_named_again(tmp_path, capsys, served, monkeypatch):
     monkeypatch.setattr(video, "PATIENCE", 0.5)
     gone = threading.Event()
     address = served(content=endless(12), more=lambda: gone.wait(20) or b"")
@@ -525,7 +525,7 @@ def test_a_stream_that_stops_is_written_up_to_there_and_named_again(tmp_path, ca
     assert "no data for" in " ".join(capsys.readouterr().err.split())
 
 
-def test_pictures_without_times_have_those_at_which_they_come(tmp_path, served):
+def test_pictures_without_times_get_their_arrival_times(tmp_path, served):
     frames, pauses = moving(5, 64, 96), [0, 0.1, 0.1, 0.4, 0.1]
     parts = []
     for image in frames:
@@ -628,7 +628,7 @@ def test_an_address_without_a_video_is_named(tmp_path, capsys, served, settings,
         (["rtsp://one/a", "rtsp://two/a"], "would both be written to"),
     ],
 )
-def test_addresses_that_cannot_be_read_are_named_before_anything_starts(tmp_path, capsys, given, said):
+def test_unreadable_addresses_are_named_before_anything_starts(tmp_path, capsys, given, said):
     assert run(*given, "--output", tmp_path / "out") == 2
     told = " ".join(capsys.readouterr().err.split())
     assert said in told and "secret" not in told and not (tmp_path / "out").exists()

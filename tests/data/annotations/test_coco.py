@@ -87,7 +87,7 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
     np.testing.assert_array_equal(prepared.load("train").labels[0], EXPECTED)
 
 
-def test_more_than_254_categories_have_masks_of_16_bits(tmp_path, capsys):
+def test_more_than_254_categories_give_16_bit_masks(tmp_path, capsys):
     content = instances(categories=[{"id": k, "name": f"c{k}"} for k in range(400)])
     for annotation, category in zip(content["annotations"], (398, 141, 398), strict=True):
         annotation["category_id"] = category
@@ -101,7 +101,7 @@ def test_more_than_254_categories_have_masks_of_16_bits(tmp_path, capsys):
     assert prepared.spec.ignore_label == 65535 and len(set(prepared.spec.colors)) == 401
 
 
-def test_one_category_of_crowds_only_is_not_taken_for_masks_of_0_and_255(tmp_path, capsys):
+def test_a_single_category_of_crowds_does_not_give_masks_of_0_and_255(tmp_path, capsys):
     content = instances(categories=[{"id": 1, "name": "cat"}])
     for annotation in content["annotations"]:
         annotation |= {"category_id": 1, "iscrowd": 1}
@@ -137,7 +137,7 @@ def test_layouts_of_several_tools_are_found(tmp_path, capsys, annotations, image
         np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
 
 
-def test_crowds_are_counted_and_masks_that_are_all_crowds_have_a_hint(tmp_path, capsys):
+def test_crowds_are_counted_and_masks_of_only_crowds_give_a_hint(tmp_path, capsys):
     said = imported("coco", source_of(tmp_path / "x"), tmp_path / "out", capsys)
     assert "crowds, which get the ignore value: 1\n" in said and "CVAT" not in said
     content = instances()
@@ -147,7 +147,7 @@ def test_crowds_are_counted_and_masks_that_are_all_crowds_have_a_hint(tmp_path, 
     assert "crowds, which get the ignore value: 2\n" in said and "set iscrowd to 0" in said
 
 
-def test_classes_are_matched_by_name_whatever_ids_each_file_has(tmp_path, capsys):
+def test_classes_are_matched_by_name_regardless_of_ids(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     # Cat is 3 and dog is 7 here, and there is a second cat, as Roboflow has it.
     others = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}, {"id": 1, "name": "cow"}]
@@ -164,7 +164,7 @@ def test_classes_are_matched_by_name_whatever_ids_each_file_has(tmp_path, capsys
 
 
 @pytest.mark.parametrize("kind", [str, float])
-def test_ids_of_one_number_are_equal_whatever_their_type(tmp_path, capsys, kind):
+def test_ids_are_compared_as_numbers_regardless_of_type(tmp_path, capsys, kind):
     content = instances()
     for annotation in content["annotations"]:
         annotation |= {"image_id": kind(annotation["image_id"]), "category_id": kind(annotation["category_id"])}
@@ -177,7 +177,7 @@ def test_ids_of_one_number_are_equal_whatever_their_type(tmp_path, capsys, kind)
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
 
 
-def test_images_of_lvis_are_found_by_the_ends_of_their_addresses(tmp_path, capsys):
+def test_images_of_lvis_are_found_by_the_last_part_of_their_url(tmp_path, capsys):
     content = instances()
     for split in ("train2017", "val2017"):
         for image, name in zip(content["images"], ("a", "b"), strict=True):
@@ -202,7 +202,7 @@ def test_the_box_of_an_object_without_a_valid_outline_is_ignored(tmp_path, capsy
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), drawn("1110## 1110## 1110## 1110##"))
 
 
-def test_annotations_of_which_none_marks_a_pixel_are_refused(tmp_path, capsys):
+def test_annotations_that_mark_no_pixel_are_refused(tmp_path, capsys):
     for number, segmentation in enumerate([[[1, 2, 3, 4]], [rectangle(9, 9, 12, 14)]]):
         content = instances(annotations=[{"image_id": 5, "category_id": 7, "segmentation": segmentation}])
         report = refused("coco", source_of(tmp_path / f"{number}", content), tmp_path / "out", capsys)
@@ -249,7 +249,7 @@ def test_panoptic_segments_are_read_from_the_colours_of_their_png(tmp_path, caps
     np.testing.assert_array_equal(labels_of(tmp_path / "of a file", "val", "a"), expected)
 
 
-def test_panoptic_faults_are_named(tmp_path, capsys):
+def test_errors_in_panoptic_annotations_are_named(tmp_path, capsys):
     unknown = panoptic_of(tmp_path / "unknown", np.where(np.eye(4, 6), 301, SEGMENTS))
     assert "has the segment 301, which" in refused("coco", unknown, tmp_path / "out", capsys)
     category = panoptic_of(tmp_path / "category", SEGMENTS, category=99)
@@ -275,7 +275,7 @@ def test_panoptic_faults_are_named(tmp_path, capsys):
     )
 
 
-def test_images_of_one_name_are_those_of_the_split_and_others_are_counted(tmp_path, capsys):
+def test_images_with_the_same_name_are_matched_by_split(tmp_path, capsys):
     write_json(tmp_path / "x/train_labels.json", instances())
     write_json(tmp_path / "x/val_labels.json", instances())
     data = {split: picture(4, 6, seed=seed) for seed, split in enumerate(("training", "validation", "more"))}
@@ -300,7 +300,7 @@ def test_absolute_paths_are_found_only_inside_the_source(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["my%20image.png", "deep%2Fer/my%20image.png", "my%20im%C3%A4ge.png"])
-def test_percent_encoded_names_are_those_of_the_files_that_they_stand_for(tmp_path, capsys, name):
+def test_percent_encoded_names_are_decoded_to_find_files(tmp_path, capsys, name):
     plain = name.replace("%20", " ").replace("%2F", "/").replace("%C3%A4", "ä")
     content = changed("images", 0, file_name=name)
     source = source_of(tmp_path / "x", content, images=["b"])
@@ -317,7 +317,7 @@ def test_percent_encoded_names_are_those_of_the_files_that_they_stand_for(tmp_pa
     assert f"images that no JSON file lists: 1 train2017/{plain}" in " ".join(said.split())
 
 
-def test_percent_encoding_leads_nowhere_else_and_names_one_image_once(tmp_path, capsys):
+def test_percent_encoding_cannot_leave_the_source_or_repeat_an_image(tmp_path, capsys):
     content = changed("images", 0, file_name="%2e%2e/secret.png")
     write(tmp_path / "secret.png", picture(4, 6))
     said = imported("coco", source_of(tmp_path / "x", content, images=["b"]), tmp_path / "out", capsys)
@@ -326,13 +326,13 @@ def test_percent_encoding_leads_nowhere_else_and_names_one_image_once(tmp_path, 
     assert "lists twice" in refused("coco", source_of(tmp_path / "y", content), tmp_path / "out y", capsys)
 
 
-def test_a_json_file_is_a_source_too(tmp_path, capsys):
+def test_a_json_file_can_be_the_source(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     imported("coco", source / "annotations/instances_train2017.json", tmp_path / "out", capsys)
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
 
 
-def test_names_that_collide_or_are_hidden_or_odd_are_changed_and_named(tmp_path, capsys):
+def test_colliding_hidden_and_odd_names_are_changed_and_reported(tmp_path, capsys):
     names = ["x/1.png", "y/1.png", "x_1.png", "X_1.PNG", ".a.png", "ä\nb.png", "t" * 230 + ".png", "..\\windows.png"]
     images = [{"id": k, "file_name": name, "height": 4, "width": 6} for k, name in enumerate(names)]
     source = source_of(tmp_path / "x", instances(images=images, annotations=[]), images=())
@@ -349,7 +349,7 @@ def test_names_that_collide_or_are_hidden_or_odd_are_changed_and_named(tmp_path,
     assert "names lead out of the source; put them inside it, and correct the names: 1" in " ".join(said.split())
 
 
-def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
+def test_skipped_annotations_are_counted_with_their_reason(tmp_path, capsys):
     content = instances()
     content["images"] += [
         {"id": 7, "file_name": "gone.png", "height": 4, "width": 6},
@@ -421,13 +421,13 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         ([], ["not a JSON object"]),
     ],
 )
-def test_annotations_that_contradict_each_other_are_refused_and_named(tmp_path, capsys, content, said):
+def test_contradictory_annotations_are_refused_and_named(tmp_path, capsys, content, said):
     report = refused("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
     assert [part for part in said if part not in report] == [], report
 
 
 @pytest.mark.parametrize("data", [b"", b'{"images": [', b"\xff\xfe", b"[" * 100_000, b"{}"])
-def test_json_that_is_damaged_is_refused_and_named(tmp_path, capsys, data):
+def test_damaged_json_is_refused_and_named(tmp_path, capsys, data):
     source = source_of(tmp_path / "x")
     write(source / "annotations/instances_val2017.json", data)
     if data == b"{}":
@@ -437,7 +437,7 @@ def test_json_that_is_damaged_is_refused_and_named(tmp_path, capsys, data):
         assert "instances_val2017.json" in refused("coco", source, tmp_path / "out", capsys)
 
 
-def test_a_file_that_is_no_json_is_refused(tmp_path, capsys):
+def test_a_file_that_is_not_json_is_refused(tmp_path, capsys):
     for name in ("x.zip", ".hidden.json"):
         write(tmp_path / "x" / name, b"PK")
         assert "unpack an archive first" in refused("coco", tmp_path / "x" / name, tmp_path / "out", capsys)
@@ -452,7 +452,7 @@ def test_two_files_of_one_split_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(6, 4, 4), (4, 6, 6)])
-def test_an_image_that_exif_turns_is_written_as_its_annotations_have_it(tmp_path, capsys, height, width, expected):
+def test_an_image_rotated_by_exif_is_written_as_its_annotations_expect(tmp_path, capsys, height, width, expected):
     # Stored as 6 x 4, shown as 4 x 6.
     content = instances(images=[{"id": 5, "file_name": "a.jpg", "height": height, "width": width}])
     content["annotations"] = [content["annotations"][0] | {"segmentation": [rectangle(0, 0, 2, 1)]}]
@@ -466,7 +466,7 @@ def test_an_image_that_exif_turns_is_written_as_its_annotations_have_it(tmp_path
     np.testing.assert_array_equal(written, stored if height == 6 else np.rot90(stored, -1))
 
 
-def test_an_image_that_exif_turns_by_half_is_skipped(tmp_path, capsys):
+def test_an_image_rotated_by_180_degrees_by_exif_is_skipped(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     write(source / "train2017/a.png", turned(4, 6, orientation=3))
     said = imported("coco", source, tmp_path / "out", capsys)

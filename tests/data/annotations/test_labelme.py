@@ -47,7 +47,7 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
     assert found.splits == {"train": 3, "val": 1}
 
 
-def test_the_image_inside_a_file_is_used_where_there_is_no_other(tmp_path, capsys):
+def test_the_embedded_image_is_used_if_there_is_no_other(tmp_path, capsys):
     data = picture(4, 7, seed=5)
     write_json(tmp_path / "x/a.json", file_of(CAT, imageData=base64.b64encode(data).decode()))
     write_json(tmp_path / "x/b.json", file_of(DOG, image="b.png", imageData="no base64"))
@@ -72,7 +72,7 @@ def test_images_that_were_moved_are_found_by_name_in_the_same_split(tmp_path, ca
         assert (tmp_path / f"out/images/{split}/images_a.png").read_bytes() == picture(4, 7, seed=seed)
 
 
-def test_a_circle_has_the_pixels_within_its_radius(tmp_path, capsys):
+def test_a_circle_covers_the_pixels_within_its_radius(tmp_path, capsys):
     circle = {"label": "ball", "points": [[20, 16], [20, 25.5]], "shape_type": "circle"}
     write_json(tmp_path / "x/a.json", file_of(circle, size=(32, 41)))
     write(tmp_path / "x/a.png", picture(32, 41))
@@ -85,7 +85,7 @@ def test_a_circle_has_the_pixels_within_its_radius(tmp_path, capsys):
     assert abs(labels.sum() / (math.pi * 9.5**2) - 1) < 0.03
 
 
-def test_a_mask_lies_in_its_box(tmp_path, capsys):
+def test_a_mask_is_placed_in_its_box(tmp_path, capsys):
     mask = np.array([[1, 0, 1], [0, 1, 1]], np.uint8)
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "PNG")
@@ -97,7 +97,7 @@ def test_a_mask_lies_in_its_box(tmp_path, capsys):
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), drawn("0000000 0010100 0001100 0000000"))
 
 
-def test_annotations_belong_to_the_image_as_exif_turns_it(tmp_path, capsys):
+def test_annotations_refer_to_the_image_after_exif_rotation(tmp_path, capsys):
     write_json(tmp_path / "x/a.json", file_of(CAT, image="a.jpg", size=(4, 7)))
     write(tmp_path / "x/a.jpg", turned(7, 4))
     imported("labelme", tmp_path / "x", tmp_path / "out", capsys)
@@ -105,7 +105,7 @@ def test_annotations_belong_to_the_image_as_exif_turns_it(tmp_path, capsys):
     assert codec.size_of((tmp_path / "out/images/train/a.png").read_bytes()) == (4, 7)
 
 
-def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
+def test_skipped_annotations_are_counted_with_their_reason(tmp_path, capsys):
     shapes = [
         CAT,
         {"label": "dog", "points": [[0, 0], [6, 0]], "shape_type": "line"},
@@ -154,7 +154,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         (file_of({"points": CAT["points"]}), ["b.json: shapes.0.label is missing"]),
     ],
 )
-def test_a_damaged_file_refuses_the_import(tmp_path, capsys, content, said):
+def test_a_damaged_file_stops_the_import(tmp_path, capsys, content, said):
     write_json(tmp_path / "x/a.json", file_of(CAT))
     for name in ("a.png", "b.png"):
         write(tmp_path / "x" / name, picture(4, 7))

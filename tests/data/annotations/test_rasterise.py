@@ -27,13 +27,13 @@ def png(mask: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_a_rectangle_has_the_pixels_between_its_corners():
+def test_a_rectangle_covers_the_pixels_between_its_corners():
     assert of(Outline([rectangle(2, 1, 5, 5)])).labels.tolist() == (
         drawn("000000000 001110000 001110000 001110000 001110000 000000000").tolist()
     )
 
 
-def test_a_triangle_has_the_pixels_whose_middle_it_covers():
+def test_a_triangle_covers_the_pixels_whose_centre_it_contains():
     # Below the diagonal from (0, 0) to (6, 6): row r has the middles 0.5 ... r - 0.5, and r + 0.5 is on it.
     found = of(Outline([[0, 0, 6, 6, 0, 6]])).labels
     strictly_inside = np.tri(6, 9, -1, dtype=np.uint8)
@@ -41,7 +41,7 @@ def test_a_triangle_has_the_pixels_whose_middle_it_covers():
     np.testing.assert_array_equal(np.where(on_the_edge, 0, found), strictly_inside)
 
 
-def test_shares_are_multiplied_by_width_and_height():
+def test_relative_coordinates_are_multiplied_by_width_and_height():
     shares = [x / 9 if k % 2 == 0 else x / 6 for k, x in enumerate(rectangle(2, 1, 5, 5))]
     np.testing.assert_array_equal(
         of(Outline([shares], is_relative=True)).labels, of(Outline([rectangle(2, 1, 5, 5)])).labels
@@ -75,13 +75,13 @@ def test_the_smaller_object_is_on_top_and_ignored_regions_are_below_all():
         assert found.objects == {1: 1, 2: 1} and not found.skipped
 
 
-def test_of_two_objects_of_one_size_the_later_is_on_top():
+def test_of_two_objects_of_equal_size_the_later_is_on_top():
     regions = [Region(k, Outline([rectangle(k, 0, k + 3, 1)]), "") for k in (1, 2)]
     assert draw(regions, (1, 6)).labels.tolist() == [[0, 1, 2, 2, 2, 0]]
     assert draw(regions[::-1], (1, 6)).labels.tolist() == [[0, 1, 1, 1, 2, 0]]
 
 
-def test_runs_go_down_the_columns_in_both_forms():
+def test_run_lengths_are_columnwise_in_both_encodings():
     counts = [2, 3, 4, 1, 8]
     expected = np.repeat([0, 1, 0, 1, 0], counts).reshape(6, 3).T
     compressed = pycocotools.encode(np.asfortranarray(expected.astype(np.uint8)))["counts"].decode()
@@ -89,13 +89,13 @@ def test_runs_go_down_the_columns_in_both_forms():
         np.testing.assert_array_equal(of(Runs(form, (3, 6)), (3, 6)).labels, expected)
 
 
-def test_runs_of_noise_come_back():
+def test_run_lengths_of_noise_round_trip():
     mask = (np.random.default_rng(3).random((37, 53)) < 0.4).astype(np.uint8)
     compressed = pycocotools.encode(np.asfortranarray(mask))["counts"].decode()
     np.testing.assert_array_equal(of(Runs(compressed, mask.shape), mask.shape).labels, mask)
 
 
-def test_a_bitmap_lies_at_its_corner_and_is_cut_at_the_border():
+def test_a_bitmap_is_placed_at_its_corner_and_clipped_at_the_border():
     mask = np.array([[1, 0, 1], [1, 1, 0]], np.uint8)
     found = of(Bitmap(png(mask), 4, 1), (4, 9))
     np.testing.assert_array_equal(found.labels, drawn("000000000 000010100 000011000 000000000"))
@@ -143,7 +143,7 @@ def test_a_damaged_or_empty_shape_is_named_and_not_drawn(shape, reason):
     assert not found.labels.any() and not found.objects
 
 
-def test_an_object_that_reaches_out_of_the_image_is_drawn_and_named():
+def test_an_object_that_extends_beyond_the_image_is_drawn_and_named():
     found = of(Outline([rectangle(-3, 1, 2, 3)]), (4, 5))
     np.testing.assert_array_equal(found.labels, drawn("00000 11000 11000 00000"))
     assert found.skipped == [(rasterise.CLIPPED, "here")]

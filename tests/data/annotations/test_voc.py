@@ -59,7 +59,7 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("encode", [palette_png, png])
-def test_class_names_of_labelme_name_the_values_of_palette_and_grey_masks(tmp_path, capsys, encode):
+def test_class_names_of_labelme_apply_to_palette_and_grey_masks(tmp_path, capsys, encode):
     mask = mask_of([0, 1, 2, 255])
     source = source_of(tmp_path / "x", {"a": mask}, encode=encode)
     write(source / "class_names.txt", b"_background_\nKatze\nHund\n")
@@ -71,7 +71,7 @@ def test_class_names_of_labelme_name_the_values_of_palette_and_grey_masks(tmp_pa
 
 @pytest.mark.parametrize("background", ["background:0,0,0::\n", ""])
 @pytest.mark.parametrize("as_palette", [False, True])
-def test_colours_of_labelmap_count_and_not_the_values_of_a_palette(tmp_path, capsys, as_palette, background):
+def test_colours_in_labelmap_override_palette_indices(tmp_path, capsys, as_palette, background):
     mask = mask_of([0, 1, 2, 3], seed=3)
     colors = np.array([[10, 20, 30], [0, 0, 0], [200, 0, 1], [224, 224, 192]], np.uint8)
     image = Image.fromarray(mask)
@@ -89,7 +89,7 @@ def test_colours_of_labelmap_count_and_not_the_values_of_a_palette(tmp_path, cap
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), expected)
 
 
-def test_masks_of_old_labelme_lie_next_to_arrays_of_numpy(tmp_path, capsys):
+def test_masks_of_old_labelme_are_found_next_to_npy_files(tmp_path, capsys):
     mask = mask_of([0, 1, 2, 255])
     source = source_of(tmp_path / "x", {"a": mask})
     (source / "SegmentationClass").rename(source / "SegmentationClassPNG")
@@ -109,7 +109,7 @@ def test_masks_of_old_labelme_lie_next_to_arrays_of_numpy(tmp_path, capsys):
         (["a-b", "default"], {"a_b", "default"}),
     ],
 )
-def test_lists_are_splits_by_the_names_that_tools_give_them(tmp_path, capsys, lists, splits):
+def test_lists_become_splits_by_the_names_that_tools_use(tmp_path, capsys, lists, splits):
     masks = {name: mask_of([0, 1, 2], seed) for seed, name in enumerate(lists)}
     imported("voc", source_of(tmp_path / "x", masks, {name: [name] for name in lists}), tmp_path / "out", capsys)
     assert {path.name for path in (tmp_path / "out/images").iterdir()} == splits
@@ -124,7 +124,7 @@ def test_names_with_spaces_are_found_with_and_without_quotation_marks(tmp_path, 
     assert "listed images that have no mask: 1 test: gone" in said
 
 
-def test_lists_that_would_be_one_split_are_refused(tmp_path, capsys):
+def test_lists_that_would_become_the_same_split_are_refused(tmp_path, capsys):
     masks = {name: mask_of([0, 1, 2]) for name in "abc"}
     lists = {"part-1": ["a"], "part_1": ["b"], "other": ["c"]}
     report = refused("voc", source_of(tmp_path / "x", masks, lists), tmp_path / "out", capsys)
@@ -147,7 +147,7 @@ def made_png(rows, width, depth) -> bytes:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_masks_of_few_bits_are_not_stretched_to_ignored_pixels(tmp_path, capsys, depth):
+def test_masks_of_few_bits_are_refused_if_ambiguous(tmp_path, capsys, depth):
     mask = mask_of([0, 2**depth - 1])
     source = source_of(tmp_path / "x", {"a": mask}, encode=lambda mask: grey_of_bits(mask, depth))
     assert "of fewer than 8 bits" in refused("voc", source, tmp_path / "out", capsys)
@@ -168,7 +168,7 @@ def roboflow_of(
     return root
 
 
-def test_masks_of_roboflow_lie_next_to_their_images(tmp_path, capsys):
+def test_masks_of_roboflow_are_found_next_to_their_images(tmp_path, capsys):
     source = roboflow_of(tmp_path / "x")
     write(source / "valid/b.jpg", picture(*SIZE, kind="JPEG"))
     write(source / "valid/c_mask.png", png(mask_of([0, 1])))
@@ -181,7 +181,7 @@ def test_masks_of_roboflow_lie_next_to_their_images(tmp_path, capsys):
     assert "have no mask: 1 val: b" in said and "images that are missing: 1 val: c" in said
 
 
-def test_tables_of_roboflow_that_are_wrong_are_named(tmp_path, capsys):
+def test_wrong_tables_of_roboflow_are_named(tmp_path, capsys):
     for number, table in enumerate(["Pixel Value, Class\n1, cat\n", "", "a;b\n0;x\n"]):
         report = refused("voc", roboflow_of(tmp_path / f"{number}", table=table), tmp_path / "out", capsys)
         assert "train/_classes.csv: its lines are not 0, NAME" in report
@@ -192,7 +192,7 @@ def test_tables_of_roboflow_that_are_wrong_are_named(tmp_path, capsys):
     assert "several folders of train" in refused("voc", twice, tmp_path / "out", capsys)
 
 
-def test_two_classes_have_another_ignore_value_than_255(tmp_path, capsys):
+def test_two_classes_get_an_ignore_value_other_than_255(tmp_path, capsys):
     mask = mask_of([0, 255])
     source = source_of(tmp_path / "x", {"a": mask})
     write(source / "class_names.txt", b"_background_\ncat\n")
@@ -200,14 +200,14 @@ def test_two_classes_have_another_ignore_value_than_255(tmp_path, capsys):
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), np.where(mask == 255, 254, 0))
 
 
-def test_an_image_that_exif_turns_has_the_orientation_of_its_mask(tmp_path, capsys):
+def test_an_image_rotated_by_exif_gets_the_orientation_of_its_mask(tmp_path, capsys):
     source = source_of(tmp_path / "x", {"a": mask_of([0, 1])})
     write(source / "JPEGImages/a.jpg", turned(8, 5))
     imported("voc", source, tmp_path / "out", capsys)
     assert codec.size_of((tmp_path / "out/images/train/a.png").read_bytes()) == SIZE
 
 
-def test_masks_that_cannot_be_used_are_counted(tmp_path, capsys):
+def test_unusable_masks_are_counted(tmp_path, capsys):
     masks = {stem: mask_of([0, 1]) for stem in "abcd"}
     source = source_of(tmp_path / "x", masks)
     write(source / "SegmentationClass/b.png", palette_png(masks["b"])[:-20])
@@ -219,7 +219,7 @@ def test_masks_that_cannot_be_used_are_counted(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["a.jpg"]
 
 
-def test_a_value_or_colour_of_no_class_is_refused_with_its_place(tmp_path, capsys):
+def test_a_value_or_colour_without_a_class_is_refused_with_its_position(tmp_path, capsys):
     mask = np.zeros(SIZE, np.uint8)
     mask[3, 4:7] = 21
     report = refused("voc", source_of(tmp_path / "x", {"a": mask}), tmp_path / "out", capsys)
@@ -238,13 +238,13 @@ def test_a_value_or_colour_of_no_class_is_refused_with_its_place(tmp_path, capsy
         ("a:1,2,3::\nb:1,2,3::\n", "(1, 2, 3)"),
     ],
 )
-def test_a_labelmap_that_is_wrong_is_named(tmp_path, capsys, text, said):
+def test_a_wrong_labelmap_is_named(tmp_path, capsys, text, said):
     source = source_of(tmp_path / "x", {"a": mask_of([0, 1])})
     write(source / "labelmap.txt", text.encode())
     assert said in refused("voc", source, tmp_path / "out", capsys)
 
 
-def test_boxes_only_and_other_folders_are_refused_by_name(tmp_path, capsys):
+def test_sources_of_only_boxes_and_other_folders_are_refused_by_name(tmp_path, capsys):
     write(tmp_path / "x/Annotations/a.xml", b"<annotation/>")
     write(tmp_path / "x/JPEGImages/a.jpg", picture(4, 4, kind="JPEG"))
     assert "only boxes (Annotations/*.xml)" in refused("voc", tmp_path / "x", tmp_path / "out", capsys)

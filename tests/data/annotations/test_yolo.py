@@ -72,7 +72,7 @@ def test_layouts_of_several_tools_are_found(tmp_path, capsys, yaml, images, labe
     assert (tmp_path / "out/images/train/b.png").exists() == ("two" in yaml)
 
 
-def test_shares_of_a_yaml_source_belong_to_the_image_that_exif_turns(tmp_path, capsys):
+def test_relative_coordinates_refer_to_the_image_after_exif_rotation(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     write(source / "other.yaml", b"names: [x]")
     (source / "images/train/a.png").unlink()
@@ -82,7 +82,7 @@ def test_shares_of_a_yaml_source_belong_to_the_image_that_exif_turns(tmp_path, c
     assert "several YAML files" in refused("yolo", source, tmp_path / "out2", capsys)
 
 
-def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
+def test_skipped_annotations_are_counted_with_their_reason(tmp_path, capsys):
     source = source_of(tmp_path / "x", text=f"{DOG}0 0.9375 0.5 0.125 1\n0 0.1 0.1 0.2 0.2 0.3\n\n")
     write(source / "labels/val/gone.txt", DOG.encode())
     write(source / "images/val/broken.png", b"")
@@ -114,7 +114,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         ("\x89PNG\n", ["not a class and numbers", "line 1"]),
     ],
 )
-def test_lines_that_are_no_outlines_are_refused_and_named(tmp_path, capsys, text, said):
+def test_lines_that_are_not_outlines_are_refused_and_named(tmp_path, capsys, text, said):
     report = refused("yolo", source_of(tmp_path / "x", text=text), tmp_path / "out", capsys)
     assert [part for part in said if part not in report] == [], report
 
@@ -143,7 +143,7 @@ BOMB = "".join(f"k{n}: &k{n}\n  <<: [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n i
         (f"k0: &k0 {{a: b}}\n{BOMB}{NAMES}", ["no images"]),
     ],
 )
-def test_a_yaml_file_that_cannot_be_used_is_named(tmp_path, capsys, yaml, said):
+def test_an_unusable_yaml_file_is_named(tmp_path, capsys, yaml, said):
     report = refused("yolo", source_of(tmp_path / "x", yaml), tmp_path / "out", capsys)
     assert [part for part in said if part not in report] == [], report
     assert not os.path.exists("x")
@@ -155,7 +155,7 @@ def test_a_source_without_data_yaml_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ()])
-def test_classes_txt_stands_for_data_yaml(tmp_path, capsys, splits):
+def test_classes_txt_replaces_data_yaml(tmp_path, capsys, splits):
     write(tmp_path / "x/classes.txt", "\ufeffcat\nno\n".encode())
     for split in splits or ("",):
         write(tmp_path / "x/images" / split / "a.png", picture(4, 8))
@@ -168,12 +168,12 @@ def test_classes_txt_stands_for_data_yaml(tmp_path, capsys, splits):
     assert "classes that classes.txt does not name" in refused("yolo", tmp_path / "x", tmp_path / "out 2", capsys)
 
 
-def test_lines_that_end_with_a_score_mark_nothing_and_are_refused(tmp_path, capsys):
+def test_lines_that_end_with_a_score_are_refused(tmp_path, capsys):
     report = refused("yolo", source_of(tmp_path / "x", text=CAT.strip() + " 0.93\n"), tmp_path / "out", capsys)
     assert "no annotation marks a pixel" in report and "or an incomplete one: 2 labels/train/a.txt: line 1" in report
 
 
-def test_aliases_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path, capsys):
+def test_exponentially_nested_aliases_are_refused_quickly(tmp_path, capsys):
     aliases = "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 60))
     source = source_of(tmp_path / "x", f"a0: &a0 [x, x]\n{aliases}names: *a59\ntrain: images/train\n")
     begin = time.process_time()
@@ -181,7 +181,7 @@ def test_aliases_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path
     assert time.process_time() - begin < 20
 
 
-def test_names_of_two_unicode_forms_are_one_file_and_the_other_is_named(tmp_path, capsys):
+def test_of_two_unicode_forms_of_a_name_one_is_used_and_the_other_named(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     for number, form in enumerate(("NFC", "NFD")):
         name = unicodedata.normalize(form, "caf\u00e9.png")
