@@ -5,18 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.kernels import attention
+from segjax.kernels import attention, choice
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+# Rows of 256 scores are 2 KiB long.
+@pytest.mark.parametrize("keys", [12, 256])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_recomputed_attention_gives_the_plain_output_and_gradients(seed, float64):
+def test_recomputed_attention_gives_the_plain_output_and_gradients(seed, keys, platform, float64):
     rng = np.random.default_rng(seed)
-    query, key, value, gradient = (rng.standard_normal((2, 3, number, 8)) for number in (20, 12, 12, 20))
+    query, key, value, gradient = (rng.standard_normal((2, 3, number, 8)) for number in (20, keys, keys, 20))
     outputs, gradients = [], []
-    for function in (attention.attention_plain, attention.attention_recomputed):
-        output, back = jax.vjp(function, query, key, value)
-        outputs.append(output)
-        gradients.append(back(gradient))
+    with choice.meant_for(platform):
+        for function in (attention.attention_plain, attention.attention_recomputed):
+            output, back = jax.vjp(function, query, key, value)
+            outputs.append(output)
+            gradients.append(back(gradient))
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-14)
     for found, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
