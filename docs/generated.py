@@ -192,14 +192,12 @@ def speed(found: dict[str, Any]) -> str:
 def sizes(found: dict[str, Any]) -> str:
     """Tables of time on a CPU over the size of the image, one for inference and one for training."""
     tables = []
-    for mode, title, others in (
-        ("infer", "Inference", ("torch", "torch-compile")),
-        ("train", "Training step", ("torch",)),
-    ):
+    for mode, title in (("infer", "Inference"), ("train", "Training step")):
         cells: dict[str, dict[tuple[int, int], str]] = {}
         for result in found["results"]:
             if result["mode"] == mode:
                 rows = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+                others = [name for name in ("torch", "torch-compile") if name in rows]
                 ratios = ", ".join(f"{rows[name]['ours_over_theirs'][0]:.2f}" for name in others)
                 time = f"{rows['segjax']['milliseconds'][0]:.0f} ({ratios})"
                 cells.setdefault(result["model"], {})[tuple(result["size"])] = time
