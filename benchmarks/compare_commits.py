@@ -331,7 +331,8 @@ class Augmenting:
 
         self._step = jax.jit(step).lower(0, self._batch).compile()
         self.memory = self._step.memory_analysis().temp_size_in_bytes
-        self.outcome = self._step(0, self._batch)[0]
+        images, labels = self._step(0, self._batch)
+        self.outcome = np.concatenate([np.ravel(images), np.ravel(labels)])
         self._number = 0
 
     def run(self, steps: int = 1) -> None:
@@ -589,6 +590,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if sys.platform == "win32":
         parser.error("the processes of both commits inherit a pipe, which Windows does not support")
+    if (options.augmentation or options.model) and not options.time:
+        parser.error(f"{'--augmentation' if options.augmentation else '--model'} needs --time")
+    if options.augmentation and options.model:
+        parser.error("--augmentation times no models; leave out --model")
     if options.serve is not None:
         _serve(Connection(options.serve))
         return 0

@@ -195,8 +195,8 @@ def sizes(found: dict[str, Any]) -> str:
     for mode, title in (("infer", "Inference"), ("train", "Training step")):
         cells: dict[str, dict[tuple[int, int], str]] = {}
         for result in found["results"]:
-            if result["mode"] == mode:
-                rows = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+            rows = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+            if result["mode"] == mode and {"segjax", "torch"} <= rows.keys():
                 others = [name for name in ("torch", "torch-compile") if name in rows]
                 ratios = ", ".join(f"{rows[name]['ours_over_theirs'][0]:.2f}" for name in others)
                 time = f"{rows['segjax']['milliseconds'][0]:.0f} ({ratios})"

@@ -36,3 +36,24 @@ def test_a_negative_zero_is_a_difference():
 def test_a_folder_without_segjax_is_refused(tmp_path):
     with pytest.raises(CheckoutError, match=r"no checkout of segjax: it has no segjax/__init__\.py"):
         compare_commits.Checkout(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--augmentation"], "--augmentation needs --time"),
+        (["--model", "segnext_t"], "--model needs --time"),
+        (["--time", "--augmentation", "--model", "segnext_t"], "--augmentation times no models"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags, why, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        compare_commits.main([str(tmp_path), *flags])
+    assert raised.value.code == 2 and why in " ".join(capsys.readouterr().err.split())
+
+
+def test_augmentation_is_compared_by_images_and_labels():
+    augmenting = compare_commits.Augmenting(compare_commits.Augmentation("small", (2, 21, 30), (16, 12)))
+    images, labels = np.split(augmenting.outcome, [2 * 16 * 12 * 3])
+    assert len(np.unique(images)) > 30 and len(labels) == 2 * 16 * 12 and len(np.unique(labels)) > 5
+    augmenting.run(2)

@@ -158,7 +158,7 @@ def is_fused_on_gpu(x: jax.Array, kernel: jax.Array, *, is_inference: bool) -> b
 
 @jax.custom_vjp
 def depthwise_fused(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`depthwise` for GPUs, where XLA fuses the sum with the operations around it.
+    """`depthwise` for GPUs, summed in at least float32. XLA fuses the sum with the operations around it.
 
     The kernel's gradient is that of XLA's convolution, which cuDNN computes.
 
@@ -166,7 +166,9 @@ def depthwise_fused(x: jax.Array, kernel: jax.Array) -> jax.Array:
       x: (B, H, W, C).
       kernel: (kh, kw, 1, C), both sides odd.
     """
-    return sum_of_taps(padded(x, kernel.shape[:2]), kernel)
+    # A GPU with arithmetic in 16 bits would round each product and each sum.
+    wide = precision.at_least_float32(x.dtype)
+    return sum_of_taps(padded(x, kernel.shape[:2]).astype(wide), kernel.astype(wide)).astype(x.dtype)
 
 
 def _depthwise_fused_forward(x, kernel):

@@ -26,6 +26,22 @@ def test_recomputed_attention_gives_the_plain_output_and_gradients(seed, keys, p
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("score", [-1000.0, 1000.0])
+def test_gradients_are_finite_if_all_scores_are_far_from_0(score, dtype):
+    rng = np.random.default_rng(0)
+    value, gradient = (rng.standard_normal((1, 2, number, 4)).astype(jnp.dtype(dtype)) for number in (256, 3))
+    query, key = np.ones((1, 2, 3, 4), dtype=gradient.dtype), np.full((1, 2, 256, 4), score / 2, value.dtype)
+    with choice.meant_for("cpu"):
+        _, plain = jax.vjp(attention.attention_plain, query, key, value)
+        _, recomputed = jax.vjp(attention.attention_recomputed, query, key, value)
+        for found, expected in zip(recomputed(gradient), plain(gradient), strict=True):
+            assert np.isfinite(np.asarray(found, np.float64)).all()
+            # In bfloat16, differences of rounded scores are multiplied by keys of 500.
+            if dtype == "float32":
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * max(1, np.abs(expected).max()))
+
+
 @pytest.mark.parametrize(
     "dtype, width, has",
     [("bfloat16", 32, True), ("float16", 64, True), ("float32", 32, False), ("bfloat16", 20, False)],

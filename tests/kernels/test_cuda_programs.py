@@ -123,6 +123,14 @@ def test_training_in_16_bits_leaves_only_depthwise_weight_gradients_to_cudnn(dty
     assert layers_with_groups >= 4 and grouped(train) == each * layers_with_groups
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_fused_depthwise_convolutions_are_summed_in_float32(dtype):
+    x, kernel = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 5, 7, 3), (3, 3, 1, 3)))
+    equations = jax.make_jaxpr(convolution.depthwise_fused.fun)(x, kernel).eqns
+    arithmetic = [equation.outvars[0].aval.dtype for equation in equations if equation.primitive.name in ("mul", "add")]
+    assert len(arithmetic) == 17 and set(arithmetic) == {jnp.dtype(jnp.float32)}
+
+
 def test_large_maps_and_kernels_are_left_to_cudnn():
     def is_fused(height, side, *, is_inference=True, dtype=jnp.bfloat16):
         x = jax.ShapeDtypeStruct((1, height, 2 * height, 32), dtype)
