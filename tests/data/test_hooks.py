@@ -139,6 +139,7 @@ def test_the_documented_gamma_function_works(tmp_path):
 # --------------------------------------------------------------------------------------------------------- on the host
 
 
+@pytest.mark.usefixtures("newer_emitters")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_host_function_depends_on_seed_step_and_position(seed, file):
     split, settings = noise(seed), settings_of(on_host=f"{file}:flip_and_noise", cat_max_ratio=0.75)

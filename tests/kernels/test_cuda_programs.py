@@ -116,7 +116,7 @@ def test_inference_has_no_depthwise_convolution_that_nothing_is_fused_with(famil
 
 
 @pytest.mark.parametrize(("dtype", "each"), [("bfloat16", 1), pytest.param("float32", 3, marks=pytest.mark.slow)])
-def test_training_in_16_bits_leaves_only_depthwise_weight_gradients_to_cudnn(dtype, each):
+def test_training_in_16_bits_leaves_only_depthwise_gradients_to_cudnn(dtype, each):
     _, train = programs("segformer", dtype)
     parameters = jax.tree.leaves(nnx.state(abstract_family("segformer"), nnx.Param))
     layers_with_groups = sum(parameter.shape[:3] == (3, 3, 1) for parameter in parameters)
