@@ -63,7 +63,13 @@ class Teacher:
         digits = params_sha256(self._params | self._batch_stats)
         return {"source": source, "model": self._model.spec.name, "sha256": digits}
 
-    def total(self, arrays: tuple[jax.Array, ...], images: jax.Array, logits: jax.Array, count: jax.Array) -> jax.Array:
+    def total(
+        self,
+        arrays: tuple[jax.Array | np.ndarray, ...],
+        images: jax.Array,
+        logits: jax.Array,
+        count: jax.Array,
+    ) -> jax.Array:
         """The contribution of these images to the mean divergence of the whole batch.
 
         Args:
