@@ -81,7 +81,8 @@ class Teacher:
         Returns:
           Scalar; its gradient with respect to the teacher is 0.
         """
-        by_name = dict(zip((*self._params, *self._batch_stats), arrays, strict=True))
+        names = (*self._params, *self._batch_stats)
+        by_name = {name: jnp.asarray(array) for name, array in zip(names, arrays, strict=True)}
         model = self._model.bind(
             {name: by_name[name] for name in self._params}, {name: by_name[name] for name in self._batch_stats}
         )
