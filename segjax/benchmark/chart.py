@@ -52,6 +52,7 @@ def save_chart(path: Path, record: Mapping) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     found = {mode: list(curves(record, mode)) for mode in TITLES}
     found = {mode: drawn for mode, drawn in found.items() if drawn}
@@ -71,8 +72,13 @@ def save_chart(path: Path, record: Mapping) -> None:
             panel.plot(curve.megapixels, curve.milliseconds, style, marker="o", markersize=3, color=colour, label=label)
         ticks = sorted({size for curve in drawn for size in curve.megapixels})
         panel.set(title=TITLES[mode], xlabel="megapixels of an image", ylabel="milliseconds per megapixel")
-        panel.set(xscale="log", yscale="log", xticks=ticks, xticklabels=[f"{size:.2f}" for size in ticks])
+        # Labels of sizes that nearly coincide would overlap.
+        apart = [not before or size > 1.05 * before for before, size in zip([0, *ticks], ticks, strict=False)]
+        labels = [f"{size:.2f}" if is_apart else "" for size, is_apart in zip(ticks, apart, strict=True)]
+        panel.set(xscale="log", yscale="log", xticks=ticks, xticklabels=labels)
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         panel.tick_params(axis="x", rotation=60)
         panel.grid(alpha=0.3)
     for name, style in zip(names, styles, strict=False):
