@@ -243,10 +243,13 @@ def test_batches_of_official_sizes_are_read_in_every_way(name, tmp_path, monkeyp
     assert list(map(type, made)) == [kinds[way] for way in feeding.WAYS]
 
 
-def test_the_number_of_cores_follows_from_images_per_second():
+def test_the_number_of_cores_follows_from_images_per_second(tmp_path):
     results = {name: {"decoded": 40.0, "cut": 200.0, "gathered": 1000.0} for name in feeding.OFFICIAL}
-    models = feeding.needed(feeding.ROOFLINE)
-    assert models["segformer_b0"] == pytest.approx(32e3 / 14.0, rel=0.02)
+    programs = [{"name": "segformer_b0", "mode": mode, "batch": 32, "ms": 16.0} for mode in ("train", "infer")]
+    (tmp_path / "record.json").write_text(json.dumps({"programs": programs}))
+    assert feeding.needed(tmp_path / "record.json") == {"segformer_b0": 2000.0}
+    # The record in the repository has the models of the published recipes.
+    assert {"segformer_b0", "segformer_b5"} <= set(feeding.needed(feeding.ROOFLINE))
     lines = [*feeding.report_of_sizes(results, 2), *feeding.report_of_needs(results, 2, {"segformer_b0": 2000.0})]
     assert lines[-1].split() == ["segformer_b0", "2000", "100.0", "20.0"] and max(map(len, lines)) <= 80
 
