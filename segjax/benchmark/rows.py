@@ -57,12 +57,18 @@ GPU_TABLE = (
     *_gpu_rows(_SECOND, 1024, _RIVALS),
     *_gpu_rows((*_FIRST, *_SECOND), 512, _SLOW_RIVALS),
 )
-# The sizes that people use, where a model of 512x512 may be slow; one model of each family.
-_SIZED = ("segformer_b0", "hrnet_w18", "segnext_t", "segformer_simple", "segformer_zuppichini")
+# The sizes that people use, where a model of 512x512 may be slow; one model of each family. Those of the models that
+# take only multiples of a number are rounded up to it, as prediction pads images.
+_SIZED = {"segformer_b0": 1, "hrnet_w18": 1, "segnext_t": 1, "segformer_simple": 32, "segformer_zuppichini": 32}
 _INFERRED = ((360, 480), (512, 512), (640, 640), (720, 1280), (1080, 1920), (1024, 2048))
 _TRAINED = ((256, 256), (512, 512), (640, 640), (512, 1024), (1024, 1024))
-SIZES_TABLE = (
-    *(Row(model, "infer", 1, size, ("torch", "torch-compile")) for model in _SIZED for size in _INFERRED),
-    *(Row(model, "train", 1, size, ("torch",)) for model in _SIZED for size in _TRAINED),
-)
+
+
+def _sized(mode: str, sizes: Sequence[tuple[int, int]], against: tuple[str, ...]) -> Iterator[Row]:
+    for model, multiple in _SIZED.items():
+        for height, width in sizes:
+            yield Row(model, mode, 1, (height + -height % multiple, width + -width % multiple), against)
+
+
+SIZES_TABLE = (*_sized("infer", _INFERRED, ("torch", "torch-compile")), *_sized("train", _TRAINED, ("torch",)))
 TABLES = {"cpu": TABLE, "gpu": GPU_TABLE, "sizes": SIZES_TABLE}

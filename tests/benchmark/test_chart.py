@@ -7,6 +7,7 @@ import pytest
 from segjax.benchmark.chart import curves
 from segjax.benchmark.rows import TABLES
 from segjax.commands import benchmark
+from segjax.models import MODELS
 
 SIZES = [(512, 512), (360, 480), (1024, 2048)]
 
@@ -64,4 +65,11 @@ def test_the_table_of_sizes_has_sizes_that_are_not_powers_of_two():
     rows = TABLES["sizes"]
     for mode, sizes in (("infer", {(360, 480), (720, 1280), (1080, 1920)}), ("train", {(640, 640), (512, 1024)})):
         for model in {row.model for row in rows}:
-            assert sizes < {row.size for row in rows if (row.model, row.mode) == (model, mode)}
+            multiple = MODELS[model].func.size_multiple
+            rounded = {tuple(-(-side // multiple) * multiple for side in size) for size in sizes}
+            assert rounded < {row.size for row in rows if (row.model, row.mode) == (model, mode)}
+
+
+def test_each_model_takes_the_sizes_of_its_rows():
+    for row in (row for rows in TABLES.values() for row in rows):
+        assert not any(side % MODELS[row.model].func.size_multiple for side in row.size), row
