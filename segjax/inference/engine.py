@@ -420,6 +420,12 @@ class Inference:
             program = self._score
         if shapes:
             self._refuse_too_large(program, (*max(shapes, key=math.prod), self._channels), self._dtype)
+        if counted and images and window is None and self.protocol.is_one_pass:
+            # Calibration reads float32 logits of the images' own size, which another program upsamples.
+            height, width = max(images, key=math.prod)
+            own = self._sharding(batch).shard_shape((batch, height, width, self._num_classes))
+            what = f"calibration of {'an image' if batch == 1 else f'a batch of {batch} images'} of {height}x{width}"
+            memory.refuse_too_large(4 * math.prod(own), self._parallel.own_devices, what=what)
 
     def _refuse_too_large_when_resized(self, size: tuple[int, int], batch: int) -> None:
         """Raises TooLittleMemoryError if resized images, or their logits by a sliding window, do not fit."""

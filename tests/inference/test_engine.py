@@ -240,6 +240,18 @@ def test_memory_of_sliding_window_logits_of_a_resized_image_is_counted(monkeypat
         Inference(Blurred(3), Protocol(**protocol, **sizes)).labels([draw(0, 37, 50)])
 
 
+def test_memory_of_the_logits_that_calibration_reads_is_counted(monkeypatch):
+    monkeypatch.setattr(memory, "needed", lambda _: 0)
+    monkeypatch.setattr(memory, "limit", lambda *_, **__: 4 * 3 * 410 * 600 - 1)
+    inference = Inference(Blurred(3))
+    inference.refuse_too_large([(410, 600), (37, 50)])
+    inference.refuse_too_large([(409, 600)], counted=True)
+    # Four devices share a batch.
+    for batch, what in ((1, "an image of 410x600 needs 2.8 MiB"), (4, "a batch of 4 images of 410x600 needs 2.8 MiB")):
+        with pytest.raises(memory.TooLittleMemoryError, match=f"calibration of {what}"):
+            inference.refuse_too_large([(410, 600), (37, 50)], batch=batch, counted=True)
+
+
 def test_a_failed_allocation_of_opencv_is_a_memory_error(monkeypatch):
     def refuse(*_, **__):
         error = cv2.error("Insufficient memory")
