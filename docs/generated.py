@@ -193,17 +193,22 @@ def sizes(found: dict[str, Any]) -> str:
     """Tables of time on a CPU over the size of the image, one for inference and one for training."""
     tables = []
     for mode, title in (("infer", "Inference"), ("train", "Training step")):
+        # Some models take only multiples of 32. Their times stand in the column of the size that was rounded up.
         cells: dict[str, dict[tuple[int, int], str]] = {}
+        columns: dict[tuple[int, int], tuple[int, int]] = {}
         for result in found["results"]:
             rows = {row["name"]: row for row in result["contenders"] if "failed" not in row}
             if result["mode"] == mode and {"segjax", "torch"} <= rows.keys():
                 others = [name for name in ("torch", "torch-compile") if name in rows]
                 ratios = ", ".join(f"{rows[name]['ours_over_theirs'][0]:.2f}" for name in others)
+                height, width = result["size"]
+                rounded = height + -height % 32, width + -width % 32
+                columns[rounded] = min(columns.get(rounded, rounded), (height, width))
                 time = f"{rows['segjax']['milliseconds'][0]:.0f} ({ratios})"
-                cells.setdefault(result["model"], {})[tuple(result["size"])] = time
-        columns = sorted({size for of_model in cells.values() for size in of_model}, key=lambda size: size[0] * size[1])
-        head = [title, *("x".join(map(str, size)) for size in columns)]
-        rows = ([f"`{name}`", *(of_model.get(size, "-") for size in columns)] for name, of_model in cells.items())
+                cells.setdefault(result["model"], {})[rounded] = time
+        order = sorted(columns, key=lambda size: size[0] * size[1])
+        head = [title, *("x".join(map(str, columns[size])) for size in order)]
+        rows = ([f"`{name}`", *(of_model.get(size, "-") for size in order)] for name, of_model in cells.items())
         tables.append(_table(head, rows))
     return "".join(tables) + _origin(found) + "\n"
 

@@ -54,8 +54,9 @@ def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     r, _, channels, out_channels = kernel.shape
     batch, height, width = x.shape[0], x.shape[1] // r, x.shape[2] // r
     whole = x[:, : height * r, : width * r].reshape(batch, height, r, width, r, channels)
-    patches = whole.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, r * r * channels)
-    return jnp.matmul(patches, kernel.reshape(r * r * channels, out_channels))
+    patches = whole.transpose(0, 1, 3, 2, 4, 5).reshape(batch * height * width, r * r * channels)
+    product = jnp.matmul(patches, kernel.reshape(r * r * channels, out_channels))
+    return product.reshape(batch, height, width, out_channels)
 
 
 def padded(x: jax.Array, kernel_size: Sequence[int]) -> jax.Array:

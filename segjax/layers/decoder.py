@@ -67,7 +67,7 @@ def _sum_of_levels(
     A 1x1 convolution commutes with resizing, because the weights of resizing sum to one. Over a concatenation it is a
     sum over levels. So each level is multiplied by its slice of the kernel at its own resolution.
     """
-    products = (jnp.matmul(x, kernel) for x, kernel in zip(levels, kernels, strict=True))
+    products = (functional.product(x, kernel) for x, kernel in zip(levels, kernels, strict=True))
     if biases is not None:
         products = (product + bias for product, bias in zip(products, biases, strict=True))
     return reduce(operator.add, map(upsample, products))

@@ -2,7 +2,8 @@
 
 | operation | on a CPU | on a GPU |
 |---|---|---|
-| `conv`, 1x1, stride 1, no padding, no groups | matrix product | matrix product |
+| `product`, `Linear`, static sizes | product of two matrices | XLA |
+| `conv`, 1x1, stride 1, no padding, no groups | `product` | `product` |
 | `conv`, kernel as large as its stride, no padding, no groups | `convolution.conv_of_patches` | XLA |
 | `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | `convolution.depthwise_fused` or XLA |
 | `conv`, any other, weights prepared | XLA | `convolution.conv_by_output` |
@@ -36,6 +37,7 @@ They also run inside `published_implementations()`, with the products of decoder
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -105,6 +107,53 @@ def _attached(fast: Callable, applies: Callable[[], bool]) -> Callable:
     return attach
 
 
+def as_rows(x: jax.Array) -> jax.Array:
+    """Flatten all axes but the last on a CPU, for a product with a matrix of weights.
+
+    Otherwise the gradient of the weights sums over several axes, and XLA:CPU writes a transposed copy of the other
+    gradient for it. With rows, a product and its backward pass take 0.4 to 0.8 of the time (64 to 270 channels at
+    64x64 to 256x256).
+
+    Args:
+      x: (..., C).
+
+    Returns:
+      (N, C) on a CPU, if all sizes are static; otherwise `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> from segjax.layers import functional
+      >>> with layers.meant_for("cpu"):
+      ...     functional.as_rows(jnp.ones((2, 6, 8, 3))).shape
+      (96, 3)
+    """
+    if choice.is_fast_on_cpu() and all(isinstance(size, int) for size in x.shape):
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x
+
+
+def product(x: jax.Array, kernel: jax.Array, *, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
+    """Multiply the last axis by a matrix of weights.
+
+    Args:
+      x: (..., in).
+      kernel: (in, out).
+      preferred_element_type: Dtype of the result; None for that of the factors.
+
+    Returns:
+      (..., out).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.product(jnp.ones((2, 6, 8, 3)), jnp.ones((3, 5))).shape
+      (2, 6, 8, 5)
+    """
+    y = jnp.matmul(as_rows(x), kernel, preferred_element_type=preferred_element_type)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
     """Convolve a map with explicit zero padding, as torch.nn.functional.conv2d does.
 
@@ -128,7 +177,7 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
     """
     kernel_height, kernel_width, in_per_group, out_channels = kernel.shape
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0) and groups == 1:
-        return jnp.matmul(x, kernel[0, 0])
+        return product(x, kernel[0, 0])
     if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and choice.is_fast_on_cpu():
         return convolution.conv_of_patches(x, kernel)
     if in_per_group == 1 and groups < out_channels:

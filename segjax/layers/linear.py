@@ -71,7 +71,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, kernel = dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        rows = functional.as_rows(x)
+        y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())))
+        y = y.reshape(*x.shape[:-1], kernel.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -161,7 +163,7 @@ def classify(layer: Conv, x: jax.Array) -> jax.Array:
     """
     wide = precision.at_least_float32(layer.dtype)
     kernel = layer.kernel[...][0, 0].astype(layer.dtype)
-    logits = jnp.matmul(x.astype(layer.dtype), kernel, preferred_element_type=wide)
+    logits = functional.product(x.astype(layer.dtype), kernel, preferred_element_type=wide)
     return logits if layer.bias is None else logits + layer.bias[...].astype(wide)
 
 

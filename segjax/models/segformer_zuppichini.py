@@ -61,8 +61,8 @@ class MultiheadAttention(nnx.Module):
         B, N, C = tokens.shape
         heads, width = self.num_heads, C // self.num_heads
         weight, bias = self.in_proj_weight[...].astype(self.dtype), self.in_proj_bias[...].astype(self.dtype)
-        query = tokens.astype(self.dtype) @ weight[:C].T + bias[:C]  # (B, N, C)
-        key_value = others.astype(self.dtype) @ weight[C:].T + bias[C:]  # (B, M, 2C)
+        query = layers.product(tokens.astype(self.dtype), weight[:C].T) + bias[:C]  # (B, N, C)
+        key_value = layers.product(others.astype(self.dtype), weight[C:].T) + bias[C:]  # (B, M, 2C)
         query = query.reshape(B, N, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
         key, value = key_value.reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
         mixed = layers.attention(query, key, value)  # (B, h, N, D)
