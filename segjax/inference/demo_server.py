@@ -78,12 +78,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.server_bind()
         except OSError as error:
             self.server_close()
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else "is not for this user"
-            raise ValueError(
-                f"port {port} of {HOST} {why}; give another, or 0 for any that is free: --port 0"
-            ) from None
+            raise self._of_port(error, port) from None
+
+    def _of_port(self, error: OSError, port: int) -> Exception:
+        """The error to raise for one of `server_bind` or `server_activate`."""
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return error
+        why = "is taken by another program" if error.errno == errno.EADDRINUSE else "is not for this user"
+        return ValueError(f"port {port} of {HOST} {why}; give another, or 0 for any that is free: --port 0")
 
     @property
     def address(self) -> str:
@@ -97,11 +99,17 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
           demonstration: Predictions.
           page: HTML of the page.
           announce: Function that is called once requests are accepted.
+
+        Raises:
+          ValueError: Another program has taken the port since.
         """
         self._page, self._predict = page.encode(), demonstration.predict
-        self.server_activate()
-        announce()
         try:
+            try:
+                self.server_activate()
+            except OSError as error:
+                raise self._of_port(error, self.server_address[1]) from None
+            announce()
             self.serve_forever(poll_interval=0.1)
         finally:
             demonstration.close()

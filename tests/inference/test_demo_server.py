@@ -28,8 +28,10 @@ PAGE = "<!DOCTYPE html><p>a page"
 
 
 def served(server, demonstration):
-    thread = threading.Thread(target=lambda: server.serve(demonstration, PAGE))
+    listens = threading.Event()
+    thread = threading.Thread(target=lambda: server.serve(demonstration, PAGE, announce=listens.set))
     thread.start()
+    assert listens.wait(60)
     return thread
 
 
@@ -318,6 +320,20 @@ def test_an_occupied_port_is_named(server):
     with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is taken by another program.*--port 0"):
         Server(port)
     assert ask(server, "")[0] == 200
+
+
+def test_a_port_that_is_taken_before_requests_are_accepted_is_named():
+    # Programs may share a port until one of them listens. A server closes what it shows.
+    own, other = (Demonstration(Predictor(LoadedCheckpoint(MODEL, SPEC, {})), MODEL) for _ in range(2))
+    with Server(0) as late:
+        port = late.server_address[1]
+        with Server(port) as first:
+            thread = served(first, own)
+            assert ask(first, "")[0] == 200
+            with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is taken by another program.*--port 0"):
+                late.serve(other, PAGE)
+            first.shutdown()
+            thread.join()
 
 
 def test_stopping_the_server_waits_for_the_running_prediction(monkeypatch):
