@@ -30,7 +30,7 @@ import numpy as np
 from segjax.checkpoints.errors import CheckpointError, shorten
 from segjax.runtime.reading import open_regular, type_name
 
-# Dtypes by torch's name of the storage, and by the name of the dtype.
+# Dtypes by the name of torch's storage class or of the dtype.
 _DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for names, dtype in (
@@ -140,7 +140,7 @@ def opened(source: Path) -> Iterator[object]:
 
 
 class _BrokenError(ValueError):
-    """Content that no writer makes; the message is the reason."""
+    """Raised for content that no writer produces; the message is the reason."""
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def refuse_odd_zip(source: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
-    """Reads a file without a zip: of PyTorch before 1.6, or a single pickle without torch's tensors."""
+    """Reads a file that is not a zip: one of PyTorch before 1.6, or a plain pickle."""
     reader = _Reader(stream)
     reader.content = reader.load()
     if reader.content != _MAGIC:
@@ -328,7 +328,7 @@ class _Reader(pickle._Unpickler):
 
     def __init__(self, file: BinaryIO | io.BytesIO):
         bounded = _Bounded(file)
-        # The encoding of Python 2, whose pickles may store bytes of arrays as text.
+        # Latin-1, because pickles of Python 2 may store the bytes of arrays as text.
         super().__init__(bounded, encoding="latin1")
         self._bounded = bounded
         self.twice: list[str] = []
@@ -391,7 +391,7 @@ class _Reader(pickle._Unpickler):
 
     def load_build(self):
         state = self.stack.pop()
-        # A dict replaces an OrderedDict, whose attributes have no tensors.
+        # OrderedDicts are read as dicts, because their attributes contain no tensors.
         if isinstance(target := self.stack[-1], _Inert):
             target.content.append(state)
 

@@ -1,4 +1,4 @@
-"""Whether a model is as sure as it is right: calibration errors, proper scores, and errors by falling confidence.
+"""Whether a model's confidence matches its accuracy: calibration errors, proper scores and the risk-coverage curve.
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE, reliability diagrams); Nixon et al., "Measuring
 Calibration in Deep Learning", 2019 (bins of equal mass); Brier, 1950; Geifman et al., ICLR 2019 (AURC).
@@ -84,7 +84,7 @@ class Calibration:
     nll: float = 0.0
 
     def add(self, confidence: np.ndarray, right: np.ndarray, of_label: np.ndarray, squares: np.ndarray) -> None:
-        """Counts pixels; pixels that are ignored must be omitted before.
+        """Counts pixels. The caller removes ignored pixels first.
 
         Args:
           confidence: Probability of the predicted class of each pixel, floats (N,).
@@ -187,7 +187,7 @@ class Calibration:
         """
         edges = np.linspace(0, total, BINS + 1)
         before = np.concatenate([[0], np.cumsum(self.pixels)])
-        # The number of pixels repeats where counters are empty.
+        # Cumulative counts repeat where counters are empty, and np.interp needs increasing values.
         steps = np.concatenate([[True], np.diff(before) > 0])
 
         def of_bins(part: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from segjax import layers
 from segjax.models import hrnet
 from segjax.models.hrnet import HighResolutionNet, batch_norm
 
-# Every published model with OCR aligns corners.
+# The authors' OCR models align corners; mmsegmentation's do not.
 VARIANTS = {name: sizes | dict(align_corners=True) for name, sizes in hrnet.VARIANTS.items()}
 
 TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
@@ -107,7 +107,7 @@ class HRNetOCR(HighResolutionNet):
       width: Channels of the branch with the highest resolution.
       ocr_channels: Channels of the pixel features.
       ocr_key_channels: Channels of queries and keys.
-      dropout_rate: Probability to drop a channel before the classifier.
+      dropout_rate: Probability of dropping a channel before the classifier.
       dtype: Dtype of the computation.
       param_dtype: Dtype of the stored parameters.
       rngs: Random streams `params` and `dropout`.

@@ -22,7 +22,7 @@ from segjax.runtime.atomic import why_not_writable
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train import optim, schema, trackers
 
-# Settings that may differ when a run is resumed: none of them affects the steps before.
+# Settings that may differ when a run is resumed: none of them affects the steps already taken.
 FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
@@ -343,7 +343,7 @@ def differing(before: dict, now: dict) -> list[str]:
 
 
 def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
-    """Checks that the settings and data of the run in `workdir` allow to resume it.
+    """Checks that the run in `workdir` can be resumed with these settings and data.
 
     Args:
       before: Metadata of the run in `workdir`.

@@ -70,8 +70,8 @@ class RunCheckpoints:
         Args:
           weights: Templates of the expected arrays of the weights.
           training: Templates of the other expected arrays.
-          refuse: Function of the metadata, called before arrays are read; it raises if the checkpoint is of another
-            run.
+          refuse: Function of the metadata, called before arrays are read; it raises if the checkpoint belongs to
+            another run.
           say: Function of a message, called for every damaged checkpoint.
 
         Raises:

@@ -19,7 +19,7 @@ ADAMW = dict(name="adamw", lr=6e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_dec
 ADAMW |= dict(schedule="poly", warmup_steps=1500, warmup_ratio=1e-6, lr_multipliers=(("head", 10.0),), clip_norm=0.0)
 SGD = dict(name="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, power=0.9, end_lr=0.0, schedule="poly")
 SGD |= dict(warmup_steps=0, lr_multipliers=(), no_decay="", clip_norm=0.0)
-# Random scale, crop and flip of mmsegmentation; and of HRNet and jo-jstrm, whose only photometric change is brightness.
+# Of mmsegmentation; of HRNet, without photometric changes; and of jo-jstrm, with brightness only.
 MMSEG = dict(scale=(0.5, 2.0), scale_step=0.0, cat_max_ratio=0.75, flip=0.5, photometric=True, brightness=0.0)
 MMSEG |= dict(rotation=0.0, class_balance=0.0)
 HRNET = MMSEG | dict(scale=(0.5, 2.1), scale_step=0.1, cat_max_ratio=1.0, photometric=False)

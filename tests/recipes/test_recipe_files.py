@@ -116,7 +116,7 @@ def test_a_file_changes_a_recipe(tmp_path):
     config = recipes.load(f"{path}:b1,voc")
     assert (config.model.name, config.data.name, config.optim.lr) == ("segformer_b1", "voc", 0.125)
     assert config.model.dims == (8, 16, 40, 64)
-    # Rewritten at once with as many characters, it is read anew.
+    # A file rewritten immediately, with the same length, is read again.
     path.write_text(path.read_text().replace("0.125", "0.375"))
     assert recipes.load(f"{path}:b1,voc").optim.lr == 0.375
 

@@ -86,7 +86,7 @@ def test_a_body_that_writes_nothing_is_an_error_and_the_old_folder_stays(tmp_pat
 
 
 class ForeignError(Exception):
-    """As of safetensors, torch or tensorstore."""
+    """Like an error raised by safetensors, torch or tensorstore."""
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -177,7 +177,7 @@ def test_a_writer_dying_at_any_operation_leaves_the_old_or_the_new_version(kind,
             server.stdin.write(f"{moment}\n")
             status = int(server.stdout.readline())
             assert status in (0, 99)
-            # Of two renames, readers undo the first.
+            # If the writer died between two renames, readers undo the first.
             atomic.recover(target)
             visible = {name: text for name, text in below(target.parent).items() if not name.startswith(".")}
             if kind == "files":

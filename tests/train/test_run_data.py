@@ -138,7 +138,7 @@ def test_a_published_dataset_with_other_content_is_refused(tmp_path, monkeypatch
     first = builders.prepare("camvid", source=root, data_dir=tmp_path / "data")
     path = root / "images/train/a.png"
     before = path.read_bytes()
-    # One pixel of a copy, with the same size of the file.
+    # Another image whose file has the same size.
     other = next(
         each for each in (saved(image(seed)) for seed in range(999)) if len(each) == len(before) and each != before
     )
