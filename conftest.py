@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import jax
 import pytest
@@ -11,6 +12,10 @@ from tests import quick_compilation
 
 # Tests run in a process per core, where threads of torch wait for cores in busy loops: minutes for what takes seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with SIGINT ignored, and so do their children: tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Data parallelism is tested for real: on a CPU one process can be split into several devices. Before the first use.
 jax.config.update("jax_num_cpu_devices", 4)
