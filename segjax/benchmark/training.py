@@ -1,4 +1,4 @@
-"""A training step as `segjax train` compiles it, without augmentation: AdamW, one rate for all parameters."""
+"""A training step as `segjax train` compiles it, without augmentation: AdamW, one learning rate for all parameters."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def training_step(
     remat: bool = False,
     axis_name: str | None = None,
 ) -> tuple[TrainStep, Callable[[Arrays, Arrays], TrainState]]:
-    """The uncompiled step of a model, for labels that ignore 255.
+    """The uncompiled step of a model, for labels in which 255 is ignored.
 
     Args:
-      model: Its arrays may be shapes and dtypes only.
+      model: Model; its arrays may be abstract, with only shapes and dtypes.
       scan_blocks, remat: As the settings of `config.train`.
       axis_name: `Parallel.axis_name`.
 

@@ -16,13 +16,13 @@ from segjax.runtime.console import NO_BREAK, one_line
 
 
 def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]]:
-    """Describes a checkpoint in rows of a name and a text.
+    """Describes a checkpoint as (name, text) rows.
 
     Args:
       source, weights: As for `segjax.load`.
 
     Raises:
-      CheckpointError: There is no checkpoint, or it fits no model; the message names the file's content.
+      CheckpointError: There is no checkpoint, or it fits no model; the message states what the file contains.
     """
     checkpoint = read_checkpoint(source, weights=weights)
     encoder_only = not checkpoint.is_orbax and not checkpoint.recognised.has_head
@@ -80,7 +80,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
         return
     classes = classes_of(metadata, num_classes)
     if dataset.get("guessed"):
-        yield "classes", f"{num_classes}, unnamed: probably {classes.name}'s, by their number"
+        yield "classes", f"{num_classes}, unnamed: probably those of {classes.name}, by their number"
     else:
         yield "classes", f"{num_classes}" + (f" of {classes.name}" if classes.name != "unknown" else "")
     colors = ("#" + bytes(color).hex() for color in classes.colors)

@@ -82,8 +82,8 @@ def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
       cache: Folder of the downloads; by default huggingface_hub's.
 
     Raises:
-      UnreachableError: The Hub cannot be reached, and `cache`, assumed to be empty, is given.
-      CheckpointError: The download fails for another reason, which the message has.
+      UnreachableError: `cache`, which is assumed to be empty, is given, and the Hub cannot be reached.
+      CheckpointError: The download fails for another reason, which the message states.
     """
     repository, revision = parsed_address(address)
     try:
@@ -213,7 +213,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     found = _weights_in(folder)
     if found is None:
-        raise CheckpointError(f"{folder}: {CONFIG} but no weights ({_WANTED})")
+        raise CheckpointError(f"{folder}: has {CONFIG} but no weights ({_WANTED})")
     return parts_of(found) if found.suffix == ".json" else [found]
 
 
@@ -330,7 +330,7 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def names_and_normalisation(folder: Path) -> dict[str, Any]:
-    """`metadata_of` for a file of any network next to config.json and preprocessor_config.json.
+    """Class names and normalisation from the two JSON files of transformers, for a file of any network next to them.
 
     Raises:
       UnreadableError: The normalisation is invalid.
@@ -364,7 +364,7 @@ def _classes(config: Mapping, path: Path) -> dict[str, Any]:
     return {NUMBERED_NAMES: (numbered, ignored)}
 
 
-# Settings of config.json with one value in segjax's SegFormer; and settings that it has, by segjax's name.
+# Settings of config.json for which segjax's SegFormer has a single value; and those that it has too, by segjax's name.
 _FIXED = {"strides": [4, 2, 2, 2], "patch_sizes": [7, 3, 3, 3], "hidden_act": "gelu"}
 _SETTINGS = {
     "in_channels": "num_channels",

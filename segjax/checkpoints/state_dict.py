@@ -121,7 +121,7 @@ def to_torch(model: SegmentationModel, *, dialect: str = "native") -> dict[str, 
         head = [key for key in native if FAMILIES[key_format.family].in_head(key)]
         native = {key: value for key, value in native.items() if key not in head}
         modules = dict.fromkeys(key.rpartition(".")[0] for key in head)
-        logger.info("omitted, no place in %s (%d): %s", key_format.package, len(head), shorten(modules))
+        logger.info("omitted, no place for them in %s (%d): %s", key_format.package, len(head), shorten(modules))
     _log_note(key_format)
     for convolution, norm in key_format.without_bias:
         logger.info("%s has no %s.bias: it goes into the running mean of %s", key_format.package, convolution, norm)
@@ -243,8 +243,8 @@ class _Expected:
     """The arrays of a model by the keys of a checkpoint, so that messages name the keys in the user's file.
 
     Attributes:
-      shapes: Key -> shape. Arrays without a key in the dialect, such as a decoder's in a dialect of encoders, have
-        their native key.
+      shapes: Key -> shape. Arrays without a key in the dialect, such as those of the decoder in an encoder-only
+        dialect, have their native key.
       native: Key -> its native keys.
       paths: Native key -> dotted path in the model.
       dtypes: Native key -> dtype in the model.
@@ -375,10 +375,10 @@ def from_torch(
 ) -> SegmentationModel:
     """Builds the model of a PyTorch checkpoint and loads it.
 
-    Sizes and the number of classes are read from shapes. Settings that no checkpoint contains (heads, eps) are those
-    published with the dialect, or overrides; an INFO line of the logger `segjax` reports each assumption. For an
-    encoder only, `num_classes` is required, and the decoder stays as initialised. Random streams of dropout and random
-    bases start from key 0.
+    Sizes and the number of classes are read from shapes. Settings that no checkpoint contains (heads, eps) have the
+    values published for the dialect unless overridden; an INFO line of the logger `segjax` reports each assumption. For
+    an encoder-only checkpoint, `num_classes` is required, and the decoder stays as initialised. Random streams of
+    dropout and random bases start from key 0.
 
     Args:
       state_dict: As for `load_torch`.
@@ -446,7 +446,7 @@ def _number_of_classes(given: int | None, in_file: int | None) -> int:
     if in_file is None:
         if given is None:
             raise CheckpointError(
-                "the checkpoint is an encoder only, without a classifier: train a model from it (`segjax train "
+                "the checkpoint is only an encoder, without a classifier: train a model from it (`segjax train "
                 "--config.init.checkpoint=...`), or give the number of classes of an untrained classifier (`segjax "
                 "convert --num-classes N`; in Python num_classes=N)"
             )
@@ -479,7 +479,7 @@ def _settings(
     if differing and name != nearest:
         raise CheckpointError(
             f"the checkpoint is not {name}: {'; '.join(differing)}. The nearest model is {nearest}; "
-            "or give the sizes as overrides (`segjax convert --overrides`; in Python keywords)"
+            "or give the sizes as overrides (`segjax convert --overrides`; in Python, keyword arguments)"
         )
     for key in ("decoder_dim", "ham_channels"):
         if not found.has_head and key in defaults and key not in overrides:
@@ -523,7 +523,7 @@ def _initial(create: Callable[[], SegmentationModel], paths: list[str]) -> dict[
 
 
 def _why_no_model(checkpoint: Checkpoint, missing: str) -> str:
-    """Message that a state dict without the native key `missing` fits no model, with the nearest family."""
+    """Explains that a state dict fits no model, because it lacks the native key `missing`; names the nearest family."""
     found, keys = checkpoint.recognised, checkpoint.state_dict
     unknown = [key for key in keys if not found.renaming.fits(key)]
     differences = f"it lacks {' and '.join(found.renaming.foreign_names(missing) or (missing,))}"

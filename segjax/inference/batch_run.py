@@ -36,7 +36,7 @@ MANY_SIZES = 8  # number of image sizes at which a hint about compilation is pri
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 RECORD = "predict.json"
-# Until a file that one machine has written is seen by another; network file systems take up to half a minute.
+# Longest wait until one machine sees a file of another; network file systems take up to half a minute.
 SECONDS_OF_FOLDER = 60
 
 
@@ -75,7 +75,7 @@ class Record:
         Args:
           path: Path of the record.
           content: Result of `record_of`.
-          keeps_time: Whether a record that exists keeps its time, at which the outputs that it describes were begun.
+          keeps_time: Whether an existing record keeps its modification time, at which its outputs were begun.
         """
         self._path, self._content, self._is_shared = path, dict(content), False
         self._begun = path.stat().st_mtime_ns if keeps_time and path.exists() else None
@@ -106,7 +106,7 @@ class Record:
         """Makes this the record of all processes, after the first one has written it.
 
         Raises:
-          ValueError: This process does not see it: the folder is another one on each machine.
+          ValueError: This process does not see it: each machine has a folder of its own there.
         """
         self._begun = distributed.gathered(self._begun)[0]
         # The checkpoint may have another path on each machine.
@@ -126,7 +126,7 @@ class Record:
 
 
 def part_of(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """The jobs of one of several processes, of which each gets as many images and as many videos as the others."""
+    """The jobs of one of several processes; each gets about as many images and as many videos as the others."""
     by_kind = sorted(range(len(jobs)), key=lambda place: jobs[place].is_video)
     return [jobs[place] for place in sorted(by_kind[number::count])]
 
@@ -158,10 +158,10 @@ def _state(source: Path | video.Live) -> tuple[int, int]:
 def done_before(
     jobs: Sequence[Job], output: Path, record: Mapping[str, object]
 ) -> tuple[set[Path | video.Live], AllIncomplete]:
-    """The inputs whose outputs all exist, and the videos known to be incomplete, also those of other commands.
+    """The inputs whose outputs all exist, and the videos known to be incomplete, including those of other commands.
 
     Outputs that are older than the record count as missing, because an earlier run made them. So do those of an
-    incomplete video that was replaced since. Temporary files of killed runs are removed.
+    incomplete video that has been replaced since. Temporary files of killed runs are removed.
 
     Args:
       jobs: Jobs of this command.
@@ -252,8 +252,8 @@ class Run:
           kinds: Kinds of outputs, keys of `outputs.KINDS`.
           less_memory: Remedy to report if there is not enough memory.
           incomplete: Incomplete videos of earlier commands, to be recorded again.
-          write_record: Function of the incomplete videos, called before the first output is written, and before that
-            of an incomplete video.
+          write_record: Function that writes the record, given the incomplete videos; called before the first output,
+            and before the outputs of each incomplete video.
         """
         self.failures: list[tuple[Path | video.Live, str]] = []
         self.images = self.videos = self.frames = 0
@@ -263,7 +263,7 @@ class Run:
         self._incomplete = dict(incomplete)
         self._less_memory, self._write_record, self.has_begun = less_memory, write_record, False
         self._exhausted: list[Exception] = []
-        # Remedies for scenes to be predicted in parts; "" if they already are.
+        # What to change so that scenes are predicted in parts; "" if they already are.
         self._in_parts = "; ".join(_for_parts(predictor, kinds))
         self._sizes: set[tuple[int, int]] = set()
         self._warned: set[str] = set()
@@ -295,7 +295,7 @@ class Run:
         return Outcome(self.failures, self.images, self.videos, self.frames, self.first_only)
 
     def include(self, outcomes: Sequence[Outcome]) -> None:
-        """Takes what the runs of all processes have done for what this one has done."""
+        """Replaces the outcome of this run by the sum of the outcomes of all processes."""
         self.failures = [failure for outcome in outcomes for failure in outcome.failures]
         self.first_only = [path for outcome in outcomes for path in outcome.first_only]
         self.images, self.videos, self.frames = (
@@ -522,8 +522,8 @@ class Run:
         if math.prod(size) > LARGE and "large" not in self._warned:
             self._warned.add("large")
             console.say(
-                f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
-                "size; if memory runs out, use --mode slide"
+                f"predicts images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the "
+                "square of the number of pixels; if memory runs out, use --mode slide"
             )
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")

@@ -37,7 +37,7 @@ HOST = "127.0.0.1"
 # Pixels of the longer side of a whole image; larger ones are resized. A photo of 12 megapixels would take 36 GiB in a
 # SegFormer.
 LARGEST_SIDE = 1024
-# Bytes of a body that is too large which are read and dropped: a client that still sends would not see the answer.
+# Bytes of an oversized body that are read and discarded: a client that is still sending would not see the answer.
 _DROPPED = 8 * MOST_BYTES
 _METHODS = {"/": ("GET", "HEAD"), "/predict": ("POST",)}
 # Nothing on the page may come from elsewhere.
@@ -70,7 +70,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Takes the port; 0 takes any free one.
 
         Raises:
-          ValueError: The port is taken, or not for this user.
+          ValueError: The port is taken, or this user may not use it.
         """
         super().__init__((HOST, port), _Handler, bind_and_activate=False)
         self._page, self._predict = b"", lambda data: {}
@@ -84,7 +84,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """The error to raise for one of `server_bind` or `server_activate`."""
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             return error
-        why = "is taken by another program" if error.errno == errno.EADDRINUSE else "is not for this user"
+        why = "is taken by another program" if error.errno == errno.EADDRINUSE else "may not be used by this user"
         return ValueError(f"port {port} of {HOST} {why}; give another, or 0 for any that is free: --port 0")
 
     @property
@@ -93,7 +93,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return f"http://{HOST}:{self.server_address[1]}/"
 
     def serve(self, demonstration: Demonstration, page: str, *, announce: Callable[[], None] = lambda: None) -> None:
-        """Answers requests until an exception ends it; a prediction that runs then is awaited.
+        """Answers requests until an exception ends it, then waits for a running prediction.
 
         Args:
           demonstration: Predictions.
@@ -101,7 +101,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
           announce: Function that is called once requests are accepted.
 
         Raises:
-          ValueError: Another program has taken the port since.
+          ValueError: Another program has taken the port in the meantime.
         """
         self._page, self._predict = page.encode(), demonstration.predict
         try:
@@ -125,14 +125,15 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         Raises:
           RequestError: The request is refused.
         """
-        # A page of another site may send requests here; its own address may lead here.
+        # A page of another site may send requests here, and its own host name may resolve to this address (DNS
+        # rebinding).
         host, origin = headers.get("Host", HOST), headers.get("Origin")
         if host.partition(":")[0] not in (HOST, "localhost") or origin not in (None, f"http://{host}"):
             raise RequestError(HTTPStatus.FORBIDDEN, "only the page of this server may ask it")
         try:
             path = urlsplit(path).path
         except ValueError as error:
-            raise RequestError(HTTPStatus.BAD_REQUEST, f"the address is none: {error}") from error
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"the address is invalid: {error}") from error
         if path not in _METHODS:
             raise RequestError(HTTPStatus.NOT_FOUND, f"there is no {path}; there are {' and '.join(_METHODS)}")
         if method not in _METHODS[path]:
@@ -148,7 +149,7 @@ def _print(error: BaseException) -> None:
 
 
 def _content(headers: Any, body: Iterator[bytes]) -> bytes:
-    """The body of a request. Raises RequestError if it is too large, incomplete, or no file by itself."""
+    """The body of a request. Raises RequestError if it is too large, incomplete, or a form."""
     length = _length(headers)
     if length is None:
         raise RequestError(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
@@ -166,7 +167,7 @@ def _content(headers: Any, body: Iterator[bytes]) -> bytes:
 
 
 def _length(headers: Any) -> int | None:
-    """Content-Length, of which 16 digits count: Python does not convert thousands of them. None without a number."""
+    """Content-Length; None if it is not a number. Reads 16 digits only, because int() refuses thousands of them."""
     text = headers.get("Content-Length", "")
     return int(text.lstrip("0")[:16] or 0) if text.isascii() and text.isdecimal() else None
 
@@ -186,7 +187,8 @@ class Demonstration:
         protocol = predictor.protocol
         has_size = isinstance(model, ExportedModel) and model.size is not None
         self._resizes = protocol.mode == "whole" and protocol.base_size is None and not has_size
-        # Other packages do not compile, and the programs of a sliding window are those of its crops.
+        # Other packages do not compile, and the programs of a sliding window depend on its crop, not on the size of
+        # the image.
         by_jax = not isinstance(model, ExportedModel) or model.path.suffix == ".stablehlo"
         self._compiles = by_jax and protocol.mode == "whole"
         self._compiled: set[tuple[int, ...]] = set()
@@ -194,29 +196,29 @@ class Demonstration:
 
     @property
     def takes(self) -> str:
-        """What the model gets of an image, in words."""
+        """What the model receives of an image, in words."""
         most = f" of at most {LARGEST_SIDE} pixels a side, larger ones resized" * self._resizes
         return f"{self._predictor.protocol}{most}"
 
     def compile(self, size: tuple[int, int]) -> None:
-        """Compiles for images of this size, (height, width), as far as it is one that the model gets."""
+        """Compiles for images of this size (height, width), resized as in `predict`."""
         kind = self._predictor.image_kind
         image = self._fitting(np.zeros((*size, kind.channels), kind.dtype or "float32"))
         self._mapped(image)
         self._compiled.add(image.shape)
 
     def close(self) -> None:
-        """Waits for the prediction that runs, and lets no other begin: threads in native code crash Python's end."""
+        """Waits for the running prediction and starts no other: threads in native code crash Python when it exits."""
         self._turn.acquire()
 
     def predict(self, data: bytes) -> dict[str, Any]:
         """`viz.demo.answer` for the content of an image file.
 
-        And "given_size" and "size", (height, width) of the image and of what the model got; "seconds" of the
-        prediction; and "compiled_seconds" of the compilation before it, None where nothing was compiled for the size.
+        It also has "given_size" and "size", (height, width) of the image and of what the model received; "seconds", the
+        time of the prediction; and "compiled_seconds", that of the compilation before it, or None if there was none.
 
         Raises:
-          RequestError: It is no image, or too large.
+          RequestError: The content is not an image, or the image is too large.
         """
         with self._turn, _refusing():
             own = self._predictor
@@ -292,7 +294,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         except Exception as error:
             _print(error)
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "segjax failed; the reason is on its terminal")
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "segjax failed; the reason is printed in its terminal")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer  # noqa: N815
 
@@ -328,7 +330,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answers what is no request of HTTP, or has another method, in the form of all errors."""
+        """Answers a malformed request, or one with an unknown method, in JSON like all other errors."""
         status = HTTPStatus(code)
         self.close_connection, self._left = True, 0
         if not hasattr(self, "path"):

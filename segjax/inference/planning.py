@@ -1,7 +1,7 @@
 """Selects the files, cameras and addresses to predict, and the paths of their outputs.
 
-A file is an image or a video by its content, not by its suffix. Links to folders are followed, and each folder is read
-once. Every skipped file and folder is returned with the reason.
+The content of a file decides whether it is an image or a video; its suffix counts only if the content is unknown.
+Links to folders are followed, and each folder is read once. Every skipped file and folder is returned with the reason.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _kind(file: Path, max_pixels: int) -> str:
         return by_suffix or str(error).removeprefix(f"{file}: ")
     except OSError as error:
         dangling = file.is_symlink() and not file.exists()
-        return by_suffix or ("a link to nothing" if dangling else error.strerror or str(error))
+        return by_suffix or ("a broken link" if dangling else error.strerror or str(error))
     if found := codec.format_of(head[:32]):
         return geotiff.kind(file, max_pixels) if found == "TIFF" else "image"
     if suffix not in video.SOUND and video.is_video(head):
@@ -130,7 +130,7 @@ def _is_single(given: str) -> bool:
 
 
 def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
-    """The files of an input, sorted. Adds to `skipped`. Raises ValueError for irregular files, and inside `output`."""
+    """The files of an input, sorted. Adds to `skipped`. Raises ValueError for irregular files, or below `output`."""
     path = user_path(given)
     if _is_single(given):
         reading.open_regular(path).close()
@@ -149,7 +149,7 @@ def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
         folders = [place for place in found if place.is_dir()]
         files = {place for place in found if not place.is_dir()}
         return _Found(sorted(files.union(*(_below(folder, output, skipped) for folder in folders))), root)
-    # Not by glob, which follows links to an enclosing folder without end.
+    # Not by glob, which would follow a link to an enclosing folder forever.
     at = parts.index("**")
     files, passed = set(), []
     for folder in map(Path, glob.glob(str(Path(*parts[:at])) or ".")):
@@ -269,7 +269,7 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
                     remedy = "give each an --output of its own"
                 else:
                     is_near = first.parent == job.source.parent
-                    remedy = "rename one of them" if is_near else "give the folder that has both"
+                    remedy = "rename one of them" if is_near else "give the folder that contains both instead"
                 together.append(f"{first} and {job.source} would both be written to {path}: {remedy}")
                 break
             owner[place] = job.source

@@ -1,4 +1,4 @@
-"""Counts of an evaluation that has not ended, so that the same command goes on where a killed one stopped."""
+"""Counts of an evaluation that has not ended, so that the same command continues where a killed one stopped."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from segjax import metrics
 from segjax.metrics.calibration import COUNTERS
 from segjax.runtime import atomic
 
-# Folder in that of the report.
+# Name of the folder, inside the report's.
 FOLDER = ".unfinished"
 
 
 @dataclasses.dataclass
 class Counts:
-    """What was counted of some images of a split.
+    """Counts over some of the images of a split.
 
     Integers are added up; floats are kept for each image, and summed in the order of the images at the end, so that the
     result does not depend on who counted which image.
@@ -53,7 +53,7 @@ class Counts:
 
     @classmethod
     def of_nothing(cls, num_classes: int) -> Self:
-        """Those of no image; `num_classes` is at least 2."""
+        """The counts of no images; `num_classes` is at least 2."""
         shapes = (num_classes, num_classes), (3, num_classes), (COUNTERS,), (COUNTERS,)
         confusion, boundary, pixels, right = (np.zeros(shape, np.int64) for shape in shapes)
         return cls(confusion, boundary, pixels, right)
@@ -64,7 +64,7 @@ class Counts:
         self.predicted = {k: predicted if k == number else self.predicted[k] for _, k in self.worst}
 
     def calibration(self) -> tuple[metrics.Calibration, np.ndarray] | None:
-        """The counters of confidence, and the sums of NLL at further temperatures; None without them."""
+        """The counters of confidence, and the sums of NLL at further temperatures; None if there are none."""
         if not self.sums:
             return None
         total = np.sum([self.sums[number] for number in sorted(self.sums)], axis=0)
@@ -87,7 +87,7 @@ def joined(parts: Sequence[Counts], *, shown: int) -> Counts:
 
 
 class Unfinished:
-    """Files with the counts of an evaluation, one of each process, in the folder of its report.
+    """Files with the counts of an evaluation, one file per process, in the folder of its report.
 
     Only an evaluation with the same identity reads them. They are a help, not the result: where they cannot be written,
     the evaluation goes on without them.
@@ -111,8 +111,8 @@ class Unfinished:
         return self._folder / f"{self._name}-{jax.process_index()}.npz"
 
     def collected(self, *, shown: int) -> Counts | None:
-        """What processes that were killed have counted, now in the file of this process; None if there is nothing."""
-        # The own file comes first: it may have been collected from the others, which were not removed yet.
+        """Collects the counts of killed processes into the file of this process; None if there are none."""
+        # This process's file comes first: it may already contain the others, if these were not removed in time.
         places = sorted(self._folder.glob(f"{self._name}-*.npz"), key=lambda place: (place != self._own, place.name))
         parts: list[Counts] = []
         for place in places:
@@ -129,7 +129,7 @@ class Unfinished:
         return whole
 
     def keep(self, counts: Counts, *, now: bool = False) -> None:
-        """Writes the counts of this process, if the last time is `SECONDS` ago or `now` is True."""
+        """Writes the counts of this process, if the last write was `SECONDS` ago or `now` is True."""
         if now or time.monotonic() - self._written >= self.SECONDS:
             self._write(counts)
 

@@ -41,11 +41,11 @@ def conv_by_output(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tup
 
 
 def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution without padding whose stride is its kernel's size, as one matrix product over disjoint patches.
+    """Convolution without padding, with a stride equal to its kernel size, as one product over disjoint patches.
 
     It equals `conv_plain(..., stride=r)`, which also drops rows and columns that do not fill a patch. Its input
     gradient is a product too, instead of XLA:CPU's slow dilated convolution (8x8 on 32 channels, forward and backward:
-    3.3 to 0.5 ms).
+    0.5 instead of 3.3 ms).
 
     Args:
       x: (B, H, W, C).
@@ -134,7 +134,7 @@ def sums_of_products(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> ja
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-# Products up to which a sum of shifted products takes a GPU little longer than the launch of its kernel: about 5 us.
+# Number of products up to which a GPU computes a sum of shifted products in little more than a kernel launch, ~5 us.
 MOST_PRODUCTS_OF_A_LAUNCH = 2**25
 
 
@@ -142,8 +142,8 @@ def is_fused_on_gpu(x: jax.Array, kernel: jax.Array, *, is_inference: bool) -> b
     """Whether a GPU computes `depthwise_fused` faster than cuDNN computes a grouped convolution and its neighbours.
 
     cuDNN's grouped convolution is not fused with anything. A sum of shifted products is fused with the bias, GELU and
-    sums around it, but its arithmetic grows with the kernel: it pays for 3x3 in 16 bits (lower bound of SegNeXt-B's
-    training step on an H200: 64.0 to 59.9 ms), and for larger kernels on small maps.
+    sums around it, but its arithmetic grows with the kernel: it pays off for 3x3 in 16 bits (lower bound of
+    SegNeXt-B's training step on an H200: 59.9 instead of 64.0 ms), and for larger kernels on small maps.
 
     Args:
       x: (B, H, W, C).
@@ -167,7 +167,7 @@ def depthwise_fused(x: jax.Array, kernel: jax.Array) -> jax.Array:
       x: (B, H, W, C).
       kernel: (kh, kw, 1, C), both sides odd.
     """
-    # A GPU with arithmetic in 16 bits would round each product and each sum.
+    # In 16-bit arithmetic, a GPU would round each product and each sum.
     wide = precision.at_least_float32(x.dtype)
     return sum_of_taps(padded(x, kernel.shape[:2]).astype(wide), kernel.astype(wide)).astype(x.dtype)
 
@@ -190,7 +190,8 @@ def _sum_over_row_tiles(x: jax.Array, y: jax.Array) -> jax.Array:
     """x * y, summed over row tiles in at least float32: (B, H, W, C) twice -> (B, H / tiles, W, C).
 
     This is the first step of a sum over pixels. XLA:CPU's reduction reads its input from memory; without this step that
-    input would be the whole product (nine taps of 128 channels at 2x64x64: 2.4 to 0.8 ms).
+    input would be the whole product (nine taps of 128 channels at 2x64x64: 0.8 instead
+    of 2.4 ms).
     """
     height = x.shape[1]
     tiles = max(number for number in range(1, 9) if height % number == 0)

@@ -1,4 +1,4 @@
-"""Bilinear resizing, plain and for whole factors."""
+"""Bilinear resizing, plain and for integer factors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from segjax.kernels import choice, precision, units
 def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """Bilinear resizing with `align_corners=False`, half-pixel centres: (B, H, W, C) -> (B, *size, C).
 
-    With its default antialias=True, jax applies a low-pass filter when it shrinks; torch does not (differences up to
+    With its default antialias=True, jax applies a low-pass filter when downsampling; torch does not (differences up to
     1.8).
     """
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
 
 
 def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
-    """Half-pixel bilinear upsampling by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
+    """Half-pixel bilinear upsampling by integer factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
 
-    For each phase p, output pixel f * i + p blends input pixel i with the same neighbour by the same weight. So each of
-    the f phases is one blend of the whole map with itself, shifted by one pixel with repeated edges: slices and a
-    reshape instead of a gather.
+    In phase p, every output pixel f * i + p blends input pixel i with the neighbour on the same side, by the same
+    weight. So each of the f phases is one blend of the whole map with itself, shifted by one pixel with repeated edges:
+    slices and a reshape instead of a gather.
     """
     once = units.once if choice.is_fast_on_cpu() else lambda x: x
     for axis, factor in zip((1, 2), factors, strict=True):
@@ -68,7 +68,7 @@ def _upsample_forward(x, axis, factor):
 
 
 def upsample_axis_backward(axis: int, factor: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """The transpose of `upsample_axis`: its length is divided by `factor`."""
+    """The transpose of `upsample_axis`: divides the length of the axis by `factor`."""
     if factor == 1:
         return (gradient,)  # the only phase gives its neighbour a weight of zero
     length = gradient.shape[axis] // factor
@@ -98,12 +98,12 @@ def resize_by_repeats(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
     """`resize_by_phases` as sums of shifted copies of the repeated map, in at least float32.
 
     Repeats, shifts and sums are all fused into the operation that reads the result: on a GPU, the sum of four levels of
-    256 channels at 128x128 and the BatchNorm after it are one kernel that moves 20 MB, where phases are 15 kernels that
-    move 107 MB.
+    256 channels at 128x128 and the BatchNorm after it are one kernel that moves 20 MB, whereas
+    `resize_by_phases` is 15 kernels that move 107 MB.
 
     Args:
       x: (B, H, W, C).
-      factors: Whole factors of height and width.
+      factors: Integer factors of height and width.
 
     Returns:
       (B, H * factors[0], W * factors[1], C) of the dtype of `x`.
@@ -121,7 +121,7 @@ def resize_by_repeats(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
 
 
 def _shifts(length: int, factor: int) -> list[tuple[int, np.ndarray]]:
-    """Shifts of the repeated pixels and their weights (length * factor,), whose sum are the upsampled pixels.
+    """Shifts of the repeated map, each with weights (length * factor,); the weighted copies sum to the upsampled map.
 
     An upsampled pixel blends the pixel before its centre with the one after it. Shifts bring in zeros at the ends,
     where the single neighbour has the whole weight.

@@ -77,8 +77,8 @@ def by_class(confusion: np.ndarray) -> dict[str, list]:
 
     Returns:
       Lists of K figures: `iou`, `accuracy`, `precision`, `recall`, `dice`, all in [0, 1], and `pixels`, the number of
-      true pixels. Accuracy and recall are equal, mmsegmentation's two names for the fraction of a class's pixels that
-      are predicted as that class. A figure whose denominator is 0 is None.
+      true pixels. Accuracy and recall are equal: mmsegmentation has both names for the fraction of a class's pixels
+      that are predicted as that class. A figure whose denominator is 0 is None.
 
     Example:
       >>> import numpy as np

@@ -20,7 +20,7 @@ class TooLittleMemoryError(MemoryError):
 
 
 def host() -> int | None:
-    """Bytes of main memory that this process may hold: those it holds, and those available now; None if unknown."""
+    """Bytes of main memory that this process may hold: those it holds plus those available now; None if unknown."""
     found = [left for left in (_available(), _left_of_cgroup()) if left is not None]
     return min(found) + _held() if found else _physical()
 
@@ -53,8 +53,8 @@ def needed(compiled: Any) -> int | None:
 def for_resident_data(device: Any) -> float:
     """Bytes of training data that a device of jax keeps by default.
 
-    2e9 on a CPU. On a GPU a third of its memory, and at most a third of the host's, through which the data pass. The
-    training split of Cityscapes takes 25e9.
+    2e9 on a CPU. On a GPU, a third of the memory that jax may use, by default three quarters of the card, and at
+    most a third of the host's, through which the data pass. The training split of Cityscapes takes 25e9.
     """
     found = limit(device) if device.platform != "cpu" else None
     if found is None:
@@ -124,7 +124,7 @@ def _held() -> int:
 
 
 def _left_of_cgroup() -> int | None:
-    """Bytes left of the limits of this process's control groups, such as a container or a job; None without a limit.
+    """Bytes left below the limits of this process's control groups, as of a container or a job; None without a limit.
 
     The limits of all enclosing groups apply too: SLURM limits the job or the step, not the task.
     """
@@ -138,7 +138,7 @@ def _left_of_cgroup() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container, the path may be that on the host. Only its root exists here then.
+        # In a container, the path may be that on the host; then only its root exists here.
         inner = PurePosixPath(path.strip("/"))
         for folder in (inner, *inner.parents):
             most, used = (_text(root / folder / name) or "" for name in names)

@@ -1,9 +1,9 @@
-"""The official SegFormer in PyTorch, slow and obvious, as reference for the JAX model.
+"""The official SegFormer in PyTorch, slow and obvious, as a reference for the JAX model.
 
 It was written from the paper, Xie et al. 2021, "SegFormer: Simple and Efficient Design for Semantic Segmentation with
 Transformers" (arXiv 2105.15203), and from the published checkpoints' key names, without code of any repository.
-`parity/test_reference.py` compares it with figures of the original code and with transformers. The layout is the
-paper's: tokens (B, N, C) with N = H * W in row-major order, together with their (H, W).
+`parity/test_reference.py` compares it with recorded outputs of the original code and with transformers. The layout is
+the paper's: tokens (B, N, C) with N = H * W in row-major order, together with their (H, W).
 
 Where the paper is silent, these are the published model's choices: biases everywhere except in `linear_fuse.conv`;
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact (erf)
@@ -47,7 +47,8 @@ def to_image(tokens: Tensor, H: int, W: int) -> Tensor:
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, drops the whole branch of a sample with probability `rate`.
 
-    (B, N, C) -> (B, N, C). Surviving branches are divided by their probability, so evaluation is the identity.
+    (B, N, C) -> (B, N, C). Surviving branches are divided by the probability of survival, so evaluation is the
+    identity.
     """
 
     def __init__(self, rate: float):
@@ -280,7 +281,7 @@ class SegFormerHead(nn.Module):
         c1, c2, c3, c4 = features
         size = c1.shape[2:]
         projected = [self.linear_c4(c4), self.linear_c3(c3), self.linear_c2(c2), self.linear_c1(c1)]
-        # Stage 1's map is resized too, which is the identity, for one rule for all four.
+        # Stage 1's map is resized too, which is the identity, so that one rule holds for all four.
         resized = [F.interpolate(p, size=size, mode="bilinear", align_corners=False) for p in projected]
         return self.linear_pred(self.dropout(self.linear_fuse(torch.cat(resized, dim=1))))
 
@@ -294,7 +295,7 @@ class SegFormer(nn.Module):
         dims, depths, num_heads, mlp_ratios, sr_ratios: One integer for each of the four stages.
         decoder_dim: Width of the decoder.
         drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
-        dropout_rate: Probability to drop a whole channel before the classifier.
+        dropout_rate: Probability of dropping a whole channel before the classifier.
         block_norm_eps: Eps of the LayerNorms in blocks and after stages (1e-5 in transformers).
         patch_norm_eps: Eps of the LayerNorms in patch embeddings and after the spatial reduction.
 

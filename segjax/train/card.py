@@ -21,7 +21,7 @@ from segjax.runtime.reading import UnreadableError, read_json
 from segjax.train.resume import read_result
 
 NAME = "README.md"
-# The name of the repository in a card that is not uploaded yet.
+# Stands for the name of the repository until the card is uploaded.
 PLACEHOLDER = "USER/NAME"
 
 
@@ -147,7 +147,7 @@ def _body(
     mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in (checkpoint.mean, checkpoint.std))
     yield f"- images of {checkpoint.image_kind}, normalised with mean {mean} and deviation {std}"
     yield from ("", "## Licence", "")
-    yield f"{licence or 'Not stated by the author of this card'}. Of the weights: {_plain(_licence(checkpoint))}."
+    yield f"{licence or 'Not stated by the author of this card'}. Weights: {_plain(_licence(checkpoint))}."
     yield from ("", "## Use", "", "With segjax:", "", "```python", "import segjax", "")
     yield from (f'predictor = segjax.Predictor("hf:{PLACEHOLDER}")', 'labels = predictor("photo.jpg")', "```")
     if not is_transformers(checkpoint):
@@ -160,9 +160,9 @@ def _body(
     if any(settings[key] != huggingface.LAYER_NORM_EPS for key in ("block_norm_eps", "patch_norm_eps")):
         yield from (
             "",
-            f"transformers computes LayerNorm with an eps of {huggingface.LAYER_NORM_EPS:g}, this model with",
+            f"transformers computes LayerNorm with an eps of {huggingface.LAYER_NORM_EPS:g}, segjax with",
         )
-        yield f"{settings['block_norm_eps']:g} and {settings['patch_norm_eps']:g}: its figures may differ slightly."
+        yield f"{settings['block_norm_eps']:g} and {settings['patch_norm_eps']:g}, so its figures may differ slightly."
 
 
 def _interval(workdir: Path, result: Mapping[str, Any]) -> list[float] | None:

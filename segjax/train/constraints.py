@@ -248,8 +248,8 @@ Constraint = (
 )
 
 
-# Ranges of settings and of command arguments. Their ends are far beyond any need, and close to the memory of large
-# machines.
+# Ranges of settings and of command arguments. Their upper ends are far beyond any need, and close to what the memory of
+# large machines allows.
 SIDE = Integer(1, 16_384)  # pixels
 BATCH = Integer(1, 4096)  # images or crops
 CLASSES = Integer(1, 10_000)

@@ -157,8 +157,8 @@ DATA = Section(
             None,
             Real(least=0),
             "Maximum size of a split in memory, in gigabytes, decoded and padded; the training split is on every "
-            "device. Larger splits are streamed. Unset: 2 on a CPU, a third of the device's or the host's memory on a "
-            "GPU.",
+            "device. Larger splits are streamed. Unset: 2 on a CPU; on a GPU, a third of the memory that jax may use "
+            "there, and at most a third of the host's.",
             optional=True,
         ),
         Setting(

@@ -58,7 +58,7 @@ Program = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainSta
 LESS_MEMORY = (
     "These need less:\n"
     "  --config.train.accumulate=2 (the same batch in two parts)\n"
-    "  --config.train.remat=True\n"
+    "  --config.train.remat=True (on a CPU, with --config.train.scan_blocks=True)\n"
     "  --config.model.dtype=bfloat16\n"
     "  a smaller --config.train.batch or --config.augment.crop"
 )
@@ -286,7 +286,7 @@ def _trained(model: FunctionalModel) -> str:
 
 
 def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> list[str]:
-    """Warnings about settings and data that are valid but probably unintended. Those about data fit one line.
+    """Warnings about settings and data that are valid but probably unintended. Those about data fit on one line.
 
     Args:
       config: Config of the run.
@@ -297,12 +297,12 @@ def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> l
     expected = config.init.expected
     if expected and not config.init.checkpoint:
         found.append(
-            "this recipe is written for pretrained weights, and the run starts from random ones. A SegNeXt-T whose "
+            "this recipe is written for pretrained weights, but the run starts from random ones. A SegNeXt-T whose "
             f"pretrained weights were not loaded reached 14.6 mIoU on ADE20K instead of the published 41.1. Give "
             f"--config.init.checkpoint=FILE, for this recipe {expected}"
         )
     if both := shared_splits(config.data.train_split, config.data.eval_split):
-        found.append(f"evaluates on images that it trains on: both splits contain {both}")
+        found.append(f"the run evaluates on images that it trains on: both splits contain {both}")
     if padding >= 0.5:
         found.append(f"{padding:.0%} of the area of crops is padding; lower --config.augment.crop")
     counts = training.pixel_counts()
@@ -372,14 +372,14 @@ def _refuse_channels(config: ConfigDict, training: specs.ImageKind, evaluation: 
     """Raises RunError if the images of the two splits, the model or a function differ in channels or dtype."""
     if training != evaluation:
         raise RunError(
-            f"the images of {config.data.train_split} are of {training}, those of {config.data.eval_split} of "
+            f"the images of {config.data.train_split} have {training}, those of {config.data.eval_split} have "
             f"{evaluation}"
         )
     given = config.model.get("in_channels", training.channels)
     if given != training.channels:
         raise RunError(
-            f"config.model.in_channels={given}, and the images have {training}; omit it, and the model takes as many "
-            "as they have"
+            f"config.model.in_channels={given}, but the images have {training}; omit it, and the model takes the "
+            "number from the images"
         )
     address = config.augment.on_device
     if address and (problem := hooks.problem_on_device(address, config.augment.crop, training.channels)):
@@ -541,7 +541,7 @@ def compile_step(run: Run, state: TrainState) -> Program:
 
 
 def _compiled(program: Program, arguments: tuple, parallel: Parallel, *, resident: int) -> Program:
-    """Compiles a step, and prints the time for it and the memory that a step needs.
+    """Compiles a step, and prints the compilation time and the memory that a step needs.
 
     Args:
       resident: Bytes of images and labels that each device also keeps.

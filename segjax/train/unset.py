@@ -1,4 +1,4 @@
-"""Chooses the settings that a recipe leaves unset, from the images and the start of the run.
+"""Chooses the settings that a recipe leaves unset, from the images and the initial weights of the run.
 
 Recipes leave settings unset for data without a published recipe: the crop depends on the sizes of the images, the
 length on their number, and the learning rate on pretrained or random weights.
@@ -21,7 +21,7 @@ from segjax.train.config import RunError
 
 # Pixels. Published recipes crop 512x512, whatever the size of the images, and 1024x1024 on Cityscapes.
 LARGEST_CROP = 512
-# Divisor of a crop's sides. Some models need it, and it harms none.
+# The sides of a crop are multiples of this. Some models need it, and it harms none.
 MULTIPLE = 32
 # Published: 430 epochs for the 2975 images of Cityscapes, 127 for the 20,210 of ADE20K.
 EPOCHS, LEAST_STEPS, MOST_STEPS = 200, 2_000, 80_000
@@ -109,7 +109,7 @@ def _choice(key: str, config: ConfigDict, sizes: np.ndarray, labelled: Collectio
         return Chosen(min(1500, config.train.steps // 10), "a tenth of the steps, at most 1500")
     if key == "optim.lr_multipliers":
         if not config.init.checkpoint:
-            return Chosen((), "random weights have one learning rate")
+            return Chosen((), "random weights: the same rate for all parameters")
         return Chosen(
             ((HEADS[family_of(config.model.name)], 10.0),), "the head learns faster than a pretrained encoder"
         )
@@ -149,6 +149,6 @@ def evaluated_split(labelled: Collection[str], data: ConfigDict) -> str:
         "config.data.eval_split is not set, and there is no val or test split with labels apart from "
         f"config.data.train_split={data.train_split}; the splits with labels are {', '.join(sorted(labelled))}. Add "
         "images/val and labels/val; or name a split, such as --config.data.eval_split=train to evaluate on the images "
-        "that are trained on; or divide the images once, and train again as now:\n"
+        "that are trained on; or divide the images once, with this command, then run the same training again:\n"
         f"  segjax data prepare {data.name} {paths} --val-share 0.2"
     )

@@ -246,7 +246,7 @@ def test_requests_of_the_page_are_accepted_under_either_host_name(server):
         (b"POST /predict HTTP/1.1\r\nHost: [\r\nContent-Length: 5\r\n\r\nhello", b"403"),
         (b"\x16\x03\x01\x02\x00\r\n\r\n", b"Bad"),
         (b"GET / HTTP/9.9\r\n\r\n", b"Invalid HTTP version"),
-        (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"the address is none: Invalid IPv6 URL"),
+        (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"the address is invalid: Invalid IPv6 URL"),
         (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s\r\n\r\nx" % (b"9" * 5000), b"413"),
         (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s9\r\n\r\nx" % (b"0" * 20), b"of 9 bytes"),
     ],

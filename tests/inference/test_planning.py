@@ -130,7 +130,7 @@ def test_broken_links_are_not_dropped(tmp_path):
         target = name if name == "loop.jpg" else "nowhere"
         (tmp_path / "in" / name).symlink_to(tmp_path / "in" / target)
     names, skipped = planned(tmp_path / "in", tmp_path / "out", tmp_path / "in")
-    assert names == ["a.png", "b.png", "loop.jpg"] and skipped == {"c": "a link to nothing"}
+    assert names == ["a.png", "b.png", "loop.jpg"] and skipped == {"c": "a broken link"}
     with pytest.raises(ValueError, match=r"in/b\.png: No such file"):
         planned(tmp_path / "in" / "b.png", tmp_path / "out", tmp_path)
 
@@ -195,7 +195,7 @@ def test_files_with_the_same_stem_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jpg and .*a\.png would both be written to .*rename one of them"):
         planned(tmp_path / "in", tmp_path / "out", tmp_path)
     put(tmp_path / "b" / "a.png", "PNG")
-    with pytest.raises(ValueError, match="give the folder that has both"):
+    with pytest.raises(ValueError, match="give the folder that contains both instead"):
         planned([tmp_path / "in" / "a.png", tmp_path / "b" / "a.png"], tmp_path / "out", tmp_path)
 
 

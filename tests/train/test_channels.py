@@ -97,7 +97,7 @@ def test_a_run_adapts_rgb_weights_and_prints_how(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model__in_channels": 3}, "in_channels=3, and the images have 4 channels of uint16"),
+        ({"model__in_channels": 3}, "in_channels=3, but the images have 4 channels of uint16"),
         ({"data__normalisation": "imagenet"}, "normalisation=imagenet is for RGB"),
         ({"augment__on_device": "FILE:three"}, "on_device: .*three"),
     ],

@@ -305,7 +305,7 @@ def test_a_run_prints_random_weights_and_warns_of_shared_images(cheap, tmp_path)
     assert start_of(printed) == "random weights"
     text = " ".join(printed.split())
     assert "14 to train on (train+val), 5 to evaluate (val)" in text
-    assert "warning: evaluates on images that it trains on: both splits contain val" in text
+    assert "warning: the run evaluates on images that it trains on: both splits contain val" in text
     _, printed = run(make_config(train__steps=2, data__train_split="train+val", data__eval_split="val"), tmp_path)
     assert start_of(printed) == "step 1 of this run, which began with random weights"
 
