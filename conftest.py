@@ -1,5 +1,6 @@
 """Set-up of every test: four CPU devices, compiled programs kept on disk, float64 where a test asks for it."""
 
+import collections
 import gc
 import os
 import signal
@@ -24,6 +25,19 @@ quick_compilation.install()
 # Tracing makes hundreds of thousands of objects that live on: looking through them again and again takes a third of it.
 gc.freeze()
 gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as slow what `each_value_once` leaves out: each case whose values earlier cases of its test have had."""
+    had = collections.defaultdict(set)
+    for item in items:
+        if item.get_closest_marker("each_value_once"):
+            values = set(enumerate(item.nodeid.partition("[")[2].rstrip("]").split("-")))
+            seen = had[item.nodeid.partition("[")[0]]
+            if values <= seen:
+                item.add_marker(pytest.mark.slow)
+            seen |= values
 
 
 @pytest.fixture

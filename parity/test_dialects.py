@@ -95,6 +95,7 @@ def differing(one, other):
 # ------------------------------------------------------------------------------------------------------ there and back
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=["float32", "float16", "bfloat16"])
 @TRIP
 def test_the_round_trip_through_every_key_format_is_bitwise(label, form, dtype):
@@ -121,6 +122,7 @@ def test_the_round_trip_through_every_key_format_is_bitwise(label, form, dtype):
     assert differing(back, expected) == []
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("label", FOLDED)
 def test_folding_a_bias_into_the_running_mean_changes_no_output(label, training, within, quick_to_compile):
@@ -572,12 +574,14 @@ IMAGENET_HRNET = {
 # Subject, dialect, name to insist on (the family that the encoder alone is not taken for), extras of ImageNet.
 ALONE = [
     ("segformer", "backbone", "auto", IMAGENET_MIT),
+    ("hrnet", "timm", "auto", IMAGENET_HRNET),
+    ("segnext", "backbone", "auto", IMAGENET_MIT),
     ("plain, conv", "backbone", "segformer_plain_b0", IMAGENET_MIT),
     ("mmseg", "backbone", "segformer_mmseg_b0", IMAGENET_MIT),
-    ("hrnet", "timm", "auto", IMAGENET_HRNET),
     ("ocr", "timm", "hrnet_w18_ocr", IMAGENET_HRNET),
-    ("segnext", "backbone", "auto", IMAGENET_MIT),
 ]
+VARIANTS = ("plain, conv", "mmseg", "ocr")
+EACH_ALONE = [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (case[0] in VARIANTS)) for case in ALONE]
 
 
 def alone(label, dialect, extras):
@@ -592,7 +596,7 @@ def encoder_of(weights, label):
     return {key: value for key, value in weights.items() if not family.in_head(key)}
 
 
-@pytest.mark.parametrize(("label", "dialect", "name", "extras"), ALONE, ids=[case[0] for case in ALONE])
+@pytest.mark.parametrize(("label", "dialect", "name", "extras"), EACH_ALONE)
 def test_an_encoder_becomes_a_model_if_num_classes_is_given(label, dialect, name, extras, caplog):
     caplog.set_level(logging.INFO, "segjax")
     subject, weights = SUBJECTS[label], alone(label, dialect, extras)
@@ -650,7 +654,7 @@ def test_an_image_classifier_of_transformers_gives_its_encoder():
     assert np.array_equal(ours["segformer.encoder.layer_norm.2.weight"], theirs)
 
 
-@pytest.mark.parametrize(("label", "dialect", "name", "extras"), ALONE, ids=[case[0] for case in ALONE])
+@pytest.mark.parametrize(("label", "dialect", "name", "extras"), EACH_ALONE)
 def test_load_torch_takes_an_encoder_if_given_what_to_drop_and_keep(label, dialect, name, extras, caplog):
     caplog.set_level(logging.INFO, "segjax")
     weights, model = alone(label, dialect, extras), empty(model_of(label))

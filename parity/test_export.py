@@ -31,6 +31,7 @@ FORMATS = {
     "torch": (torch_program.write_torch, lambda path: runtimes.open_torch(path).run),
 }
 OPENVINO = {"openvino": (openvino.write_openvino, lambda path: runtimes.open_openvino(path).run)}
+ONNX_OR_SLOW = ["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "openvino"))]
 
 
 def tiny(label, num_classes=5, seed=0, **settings):
@@ -129,7 +130,7 @@ def test_logits_are_upsampled_with_the_models_align_corners(format, label, num_c
     assert (labels == upsampled(not align_corners)).mean() < 0.995
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("channels", "dtype"), [(2, "uint16"), pytest.param(5, "float32", marks=pytest.mark.slow)])
 def test_files_take_images_with_other_channels_and_dtypes(format, channels, dtype, tmp_path):
     model = tiny("segformer", in_channels=channels)
@@ -197,9 +198,8 @@ IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 1
     ("label", "opset", "is_dynamic"),
     [
         ("segformer", 17, True),
-        ("segnext", 17, False),
-        ("ocr", 17, True),
         ("simple", 18, False),
+        pytest.param("segnext", 17, False, marks=pytest.mark.slow),
         *(
             pytest.param("segformer", opset, False, marks=pytest.mark.slow)
             for opset in (17, 18, 19, 21, 22, 23, 24, 25)
@@ -260,6 +260,7 @@ def test_a_torch_program_has_only_inference_operations(tmp_path):
     assert "aten._native_batch_norm_legit_no_training.default" in operations
 
 
+@pytest.mark.slow
 def test_a_torch_program_refuses_sizes_that_its_model_does_not_take(tmp_path):
     torch_program.write_torch(tmp_path / "a.pt2", tiny("simple"), ExportFormat("torch", (64, 96), dynamic=True), {})
     program = torch.export.load(tmp_path / "a.pt2").module()
@@ -267,7 +268,7 @@ def test_a_torch_program_refuses_sizes_that_its_model_does_not_take(tmp_path):
         program(torch.zeros(1, 3, 64, 80))
 
 
-@pytest.mark.parametrize("format", FORMATS | OPENVINO)
+@pytest.mark.parametrize("format", ONNX_OR_SLOW)
 def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, capsys, monkeypatch):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     other = verify.reference_for(tiny("segformer", seed=1))

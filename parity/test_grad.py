@@ -63,7 +63,13 @@ def gradient_errors(ours, theirs, is_idle):
         yield key, float(np.abs(ours[key] - value).max() / scale)
 
 
-@pytest.mark.parametrize("file", [file for file in golden.MODELS if golden.cases(file)[0].gradients])
+# Of the official models at once, and of their variants in the slow tier.
+WITH_GRADIENTS = [file for file in golden.MODELS if golden.cases(file)[0].gradients]
+OFFICIAL = ("segformer_nvlabs", "hrnet_official", "segnext_official")
+ORIGINALS = [pytest.param(file, marks=[pytest.mark.slow] * (file not in OFFICIAL)) for file in WITH_GRADIENTS]
+
+
+@pytest.mark.parametrize("file", ORIGINALS)
 def test_gradients_equal_the_original_code(file, float64, within):
     case = golden.cases(file)[0]
     bases = () if case.bases is None else (case.bases,)

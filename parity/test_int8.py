@@ -115,6 +115,7 @@ def test_a_range_spans_the_smallest_to_the_largest_value(file_of, tmp_path):
     )
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("default")

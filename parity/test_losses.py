@@ -84,6 +84,7 @@ def by_image(loss_of_image):
 # -------------------------------------------------------------------------------------------------------- torch's own
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -96,6 +97,7 @@ def test_cross_entropy_with_weights_and_smoothing_is_torchs(weighted, smoothing,
         assert_equal("cross_entropy", torchs, classes, dtype, within, weights=ours, label_smoothing=smoothing)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -142,6 +144,7 @@ def test_the_mean_over_all_pixels_is_torchs_mean_of_the_unreduced_loss(classes, 
 BANDS = [((5, 7), (4, 4), 1), ((6, 5), (8, 8), 3), ((8, 6), (2, 4), 2), ((6, 4), (1, 3), 2), ((4, 9), (3, 1), 2)]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("small, factors, rows", BANDS)
 @pytest.mark.parametrize("classes, weighted", [(2, True), (5, False), (40, True)])
@@ -200,6 +203,7 @@ def truths(logits, labels):
     return F.one_hot(labels, logits.shape[1]).to(logits.dtype)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [0.5, 2.0, 3.5])
 @pytest.mark.parametrize("classes", [1, 6])
@@ -218,6 +222,7 @@ def test_focal_loss_is_lins(classes, gamma, dtype, float64, within):
     assert_equal("focal", focal, classes, dtype, within, weights=weights, focal_gamma=gamma)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold, min_kept", [(0.7, 1 / 16), (0.05, 0.4), (1.0, 0.0)])
 @pytest.mark.parametrize("classes", [1, 6])
@@ -314,6 +319,7 @@ def test_dice_is_milletaris_with_a_smoothing_of_one(classes, dtype, float64, wit
     assert_equal("dice", by_image(dice), classes, dtype, within)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("power", [1.0, 0.75])
 @pytest.mark.parametrize("classes", [1, 6])
@@ -327,6 +333,7 @@ def test_tversky_is_salehis_with_a_smoothing_of_one(classes, power, dtype, float
     assert_equal("tversky", by_image(tversky), classes, dtype, within, **settings)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 4])
 def test_rmi_is_zhaos_on_average_pooled_maps(classes, dtype, float64, within):
@@ -352,6 +359,7 @@ def test_rmi_is_zhaos_on_average_pooled_maps(classes, dtype, float64, within):
     assert_equal("rmi", rmi, classes, dtype, within, drawn=drawn, sizes=[((11, 15), (44, 60)), ((10, 13), (37, 50))])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize("factors", [(3.0, 0.0), (0.0, 1.5), (2.0, 0.5)])

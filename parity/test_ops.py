@@ -55,6 +55,7 @@ def assert_forms_equal(fast, plain, arguments, dtype, within, what):
         within(kind, dtype, verify.relative_error(one, other), what)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel_size", [(3, 3), (5, 5), (1, 7), (21, 1)])
 # The weight's gradient is summed over row tiles first: of a prime number one, of others up to eight.
@@ -178,6 +179,7 @@ def test_gelu_by_slope_equals_the_plain_one_and_torch(dtype, float64, within):
         within(kind, dtype, verify.relative_error(one, other.detach()), "GELU = torch")
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("fast", [resize.resize_by_phases, resize.resize_by_repeats])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -330,6 +332,7 @@ def test_attention_equals_torch(dtype, float64, within):
     within("output", dtype, verify.relative_error(ours, theirs), "attention = torch")
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES)
 # Of 30 queries: parts of equal length, a last part that is shorter, one row at a time, all in one part.
 @pytest.mark.parametrize("rows, batch, heads", [(10, 2, 5), (7, 3, 2), (29, 2, 3), (1, 2, 2), (30, 3, 1)])

@@ -118,6 +118,7 @@ def assert_protocols_equal(family, num_classes, names, seed, within):
         np.testing.assert_array_equal(confusion, counts, err_msg=name)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", OF_MANY_SIZES)
 @pytest.mark.parametrize("num_classes, seed", [(NUM_CLASSES, 3), (NUM_CLASSES, 4), (1, 5)])
 def test_images_of_many_sizes_give_pytorchs_confusion_matrix(name, num_classes, seed, float64):

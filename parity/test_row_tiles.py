@@ -351,6 +351,7 @@ def torch_decoder(names, count, mode):
     return run
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, "float64") for name in DECODERS] + [("one coarse level", "float32")], ids=str
 )

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import segjax
@@ -31,6 +32,10 @@ FAMILIES = {
     "ocr": ("hrnet_w18_ocr", _HRNET | dict(ocr_channels=8, ocr_key_channels=4)),
     "segnext": ("segnext_t", _SEGNEXT),
 }
+
+# For tests that compile each family for seconds: the plain run takes one of each architecture, and the others are slow.
+ARCHITECTURES = ("segformer", "hrnet", "segnext")
+EACH_FAMILY = [pytest.param(name, marks=[pytest.mark.slow] * (name not in ARCHITECTURES)) for name in FAMILIES]
 
 
 @functools.cache

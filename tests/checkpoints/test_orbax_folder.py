@@ -399,6 +399,7 @@ def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
             load_weights(place)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("place", ["orbax", "tensorstore", "json", "stat"])
 def test_a_system_error_is_not_taken_for_damage(tmp_path, monkeypatch, number, place):

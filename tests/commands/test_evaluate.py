@@ -134,6 +134,7 @@ def test_the_worst_images_have_the_lowest_mean_iou(seed, batch_size):
 # -------------------------------------------------------------------------------------------------------- of a training
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("named", [("--workdir",), ("--checkpoint",), ()], ids=" ".join)
 def test_evaluating_a_run_gives_exactly_its_recorded_result(named, best, workdir, capsys):

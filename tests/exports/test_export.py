@@ -323,7 +323,10 @@ def test_labels_may_differ_only_where_classes_are_equal_up_to_rounding():
     assert error(0, 3) == np.inf
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(4, "uint16"), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, "uint8"), (13, "float32")))],
+)
 def test_a_file_takes_images_with_other_channels_and_dtypes(channels, dtype, tmp_path, capsys):
     model, rng = tiny_model(3, in_channels=channels), np.random.default_rng(channels)
     mean, std = [100.0 + number for number in range(channels)], [20.0 + number for number in range(channels)]

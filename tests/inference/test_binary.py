@@ -27,6 +27,7 @@ def picture(rng, size=SIZE):
     return rng.integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "settings",

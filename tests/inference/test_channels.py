@@ -53,6 +53,7 @@ def expected_labels(of, image):
     return np.stack(channels, axis=-1).argmax(axis=-1)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("channels", "dtype"), [(1, "uint8"), (2, "uint16"), (4, "float32"), (13, "uint8"), (3, "uint16")]
@@ -184,6 +185,7 @@ def put(path, image, **profile):
     return path
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("channels", "dtype"), [(4, "uint8"), (4, "uint16"), (13, "float32"), (1, "uint16")])
 def test_scenes_with_any_bands_are_predicted_in_parts_as_in_one_piece(tmp_path, capsys, channels, dtype):
     of, image = saved(tmp_path / "model", channels, dtype), array(3, (93, 131), channels, dtype)

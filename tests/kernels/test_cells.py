@@ -105,6 +105,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("terms", LOSSES)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("align_corners, size", [(False, (20, 28)), (False, (37, 29)), (True, (20, 28))])

@@ -104,6 +104,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * scale, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_loop_over_blocks_equals_unrolled_blocks(kind, execution, float64):

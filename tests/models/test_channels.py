@@ -7,7 +7,7 @@ import pytest
 import segjax
 from segjax import models
 from segjax.checkpoints import architectures, initialize, state_dict
-from tests.tiny import FAMILIES, abstract_family, tiny_model
+from tests.tiny import EACH_FAMILY, FAMILIES, abstract_family, tiny_model
 
 SIZES = {"zuppichini": (32, 64), "simple": (64, 32)}
 
@@ -33,7 +33,7 @@ def test_only_the_first_convolution_depends_on_the_channels(family, channels):
     assert after[stem] * 3 == before[stem] * channels
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_summed_filters_give_a_grey_image_the_output_of_rgb(family):
     rgb = tiny_model(3, family)
     weights = state_dict.to_torch(rgb)

@@ -18,7 +18,7 @@ from segjax.models.functional import FunctionalModel
 from segjax.runtime.parallel import JitParallel
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
-from tests.tiny import FAMILIES, abstract_family, abstract_model, tiny_model
+from tests.tiny import ARCHITECTURES, FAMILIES, abstract_family, abstract_model, tiny_model
 
 LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0, tversky=0.0, rmi=0.0)
 LOSS |= dict(label_smoothing=0.0, focal_gamma=2.0, ohem_threshold=0.7, ohem_min_kept=0.1)
@@ -32,7 +32,7 @@ def on_mesh(mesh, tree, *axes):
 
 # At the sizes that are published: other layers apply to those of tiny models.
 PUBLISHED = ("segformer_b0", "segformer_plain_b0", "segformer_mmseg_b0", "segformer_simple", "segformer_zuppichini")
-PUBLISHED += ("hrnet_w18_ocr", "segnext_t")
+PUBLISHED += (pytest.param("hrnet_w18_ocr", marks=pytest.mark.slow), "segnext_t")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *PUBLISHED])
@@ -79,10 +79,10 @@ def collectives(text):
     return collections.Counter(found)
 
 
-# For a GPU every family; for a CPU, which takes twice as long to compile, those whose row tiles or layers could
-# communicate.
+# For a GPU each architecture; for a CPU, which takes twice as long to compile, those whose row tiles or layers could
+# communicate. The rest is slow.
 ON_CPU = ("simple", "zuppichini")
-STEPS = [("cuda", family) for family in FAMILIES]
+STEPS = [pytest.param("cuda", family, marks=[pytest.mark.slow] * (family not in ARCHITECTURES)) for family in FAMILIES]
 STEPS += [pytest.param("cpu", family, marks=[pytest.mark.slow] * (family not in ON_CPU)) for family in FAMILIES]
 
 

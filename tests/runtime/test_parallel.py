@@ -130,6 +130,7 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.slow
 def test_shard_map_trains_a_model_to_the_same_bits_as_pmap(family, float64):
     _, *found = trained("shard_map", 4, family)
     _, *expected = trained("pmap", 4, family)

@@ -34,7 +34,10 @@ def metadata_of(workdir):
     return orbax_folder.load_metadata(workdir)
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint16"), (4, "uint8"), (13, "float32")])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(1, "uint16"), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((4, "uint8"), (13, "float32")))],
+)
 def test_a_run_keeps_channels_and_statistics_for_later_commands(tmp_path, channels, dtype):
     made = folder(tmp_path / "given", channels, dtype, suffix=".tif")
     status, printed = run(make_config(tmp_path), tmp_path / "run")
@@ -58,6 +61,7 @@ def test_a_run_keeps_channels_and_statistics_for_later_commands(tmp_path, channe
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(2, "uint16")])
+@pytest.mark.slow
 def test_streamed_runs_end_with_the_weights_of_resident_ones(tmp_path, channels, dtype):
     folder(tmp_path / "given", channels, dtype)
     for name, changes in (("memory", {}), ("streamed", {"data__resident_gb": 0.0})):

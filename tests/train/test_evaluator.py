@@ -44,7 +44,9 @@ def counted(folder, protocol):
     return metrics.summarise(counts)
 
 
-@pytest.mark.parametrize("name, parallel", [("slide", "jit"), ("slide", "pmap"), ("base size", "jit")])
+@pytest.mark.parametrize(
+    "name, parallel", [("slide", "pmap"), ("base size", "jit"), pytest.param("slide", "jit", marks=pytest.mark.slow)]
+)
 def test_evaluation_of_a_run_follows_its_protocol_and_is_repeatable(name, parallel, tmp_path, capsys):
     protocol = Protocol(**SETTINGS[name])
     status, printed = run(with_protocol(SETTINGS[name], parallel=parallel, eval__every=3), tmp_path)

@@ -343,7 +343,7 @@ def test_a_run_stopped_under_jit_continues_under_pmap_to_equal_weights(has_pmap,
     assert losses[0][-2:] == losses[1][-2:] and len(losses[0]) == len(losses[1])
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+@pytest.mark.parametrize("parallel", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
 def test_a_run_with_scanned_blocks_saves_and_restores_single_blocks(loopless, parallel, tmp_path, monkeypatch):
     changes, expected = loopless
     config, compiled = make_config(**changes, train__scan_blocks=True, parallel=parallel), []

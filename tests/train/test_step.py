@@ -144,7 +144,7 @@ def of_plain(kind, devices, accumulate, execution=layers.PLAIN, depths=(1, 1, 1,
 
 PARTS = [
     ("jit", 1, 4),
-    ("pmap", 4, 2),
+    pytest.param("pmap", 4, 2, marks=pytest.mark.slow),
     pytest.param("jit", 4, 2, marks=pytest.mark.slow),
     pytest.param("pmap", 1, 8, marks=pytest.mark.slow),
 ]
@@ -161,6 +161,7 @@ def test_without_batch_norm_micro_batches_equal_the_whole_batch(kind, devices, a
     assert changed(before, after) == set(before)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_scanned_blocks_can_be_combined(float64):
     depths = (2, 1, 3, 1)
     states, _ = of_plain("pmap", 4, 2, BlockExecution(scan_from=2, remat=True), depths)

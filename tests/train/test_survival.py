@@ -87,13 +87,14 @@ def wait_for_step(workdir, step, process):
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(train, alone, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_often_ends_with_the_same_bits(kills, train, alone, tmp_path):
     output = tmp_path / "output"
     done = kill_until_finished(
-        lambda output: train(tmp_path / "run", output), tmp_path / "run", output, kills=10, seed=0
+        lambda output: train(tmp_path / "run", output), tmp_path / "run", output, kills=kills, seed=0
     )
     # A machine that is slow to kill may let the run end before.
-    assert sum(done.values()) >= 6 and len(done) >= 3, done
+    assert sum(done.values()) > kills // 2 and len(done) >= min(3, kills // 2), done
     assert differing(alone, tmp_path / "run") == []
     assert len(alone[1]) > 500
     steps = [step for step, _ in alone[1]["TensorBoard, mean_iou"]]

@@ -31,6 +31,7 @@ def test_the_background_of_a_binary_model_keeps_its_own_colour():
     assert tuple(colours[0, 0]) != spec.colors[0]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("num_classes", [1, 2, 19])
 @pytest.mark.parametrize("size", [(40, 64), (128, 32), (32, 512)])
 def test_a_prediction_is_drawn_with_all_its_colours(num_classes, size, tmp_path):
