@@ -55,7 +55,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def served(tmp_path):
     """A folder with the files of the example, and its server."""
-    shutil.copy(WEB / "segment.js", tmp_path)
+    for name in ("index.html", "segment.js"):
+        shutil.copy(WEB / name, tmp_path)
     (tmp_path / "node_modules").symlink_to((WEB / "node_modules").resolve())
     handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -76,13 +77,14 @@ def answer_of(server, page):
             browser.terminate()
 
 
-@pytest.mark.parametrize("seed, family", [(0, "segformer"), (1, "segnext")])
+@pytest.mark.parametrize("seed, family", [(0, "segformer"), (1, "segnext"), (0, "simple")])
 def test_labels_in_the_browser_are_those_of_the_predictor(seed, family, served):
     folder, server = served
     model = tiny_model(seed, family, num_classes=19)
     loaded = LoadedCheckpoint(model, specs.STREETS, {"dataset": metadata.dataset_metadata(specs.STREETS)})
     export_model(loaded, folder / "model.onnx", size=(64, 96), dynamic=True, preprocessing=True, argmax=True)
-    predictor = segjax.Predictor(loaded)
+    # Where images are padded, with the file's colour: the rounded mean.
+    predictor = segjax.Predictor(folder / "model.onnx" if loaded.model.size_multiple > 1 else loaded)
     for height, width in ((96, 131), (150, 75)):
         image = scene(seed, height, width)
         Image.fromarray(image).save(folder / f"{height}.png")
@@ -92,6 +94,42 @@ def test_labels_in_the_browser_are_those_of_the_predictor(seed, family, served):
         expected = predictor(image)
         assert (found == expected).mean() >= 0.999 and len(np.unique(expected)) > 1
         assert answer["classes"] == list(specs.STREETS.class_names)
+
+
+# Added to the page: sends what it shows, once it shows a result or an error.
+SPY = """<script type="module">
+  const at = (id) => document.getElementById(id);
+  while (!/seconds|[0-9] s$/.test(at("state").textContent) && at("state").role !== "alert") {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+  const { width, height } = at("canvas");
+  const pixels = at("canvas").getContext("2d").getImageData(0, 0, width, height).data;
+  const legend = [...document.querySelectorAll("#legend li")].map((entry) => entry.textContent);
+  fetch("result", { method: "POST", body: JSON.stringify({
+    state: at("state").textContent, role: at("state").role, width, height, pixels: Array.from(pixels), legend,
+  }) });
+</script>"""
+
+
+def test_the_page_shows_an_image_under_the_colours_of_its_classes(served):
+    folder, server = served
+    loaded = LoadedCheckpoint(tiny_model(1, num_classes=19), specs.STREETS)
+    export_model(loaded, folder / "model.onnx", size=(64, 96), dynamic=True, preprocessing=True, argmax=True)
+    image = scene(1, 75, 131)
+    Image.fromarray(image).save(folder / "street.png")
+    (folder / "index.html").write_text((folder / "index.html").read_text() + SPY)
+    answer = answer_of(server, "index.html?image=street.png")
+    assert answer["role"] == "status" and answer["state"].startswith("131 x 75 pixels in "), answer
+    assert (answer["height"], answer["width"]) == image.shape[:2]
+    labels = segjax.Predictor(loaded)(image)
+    expected = 0.4 * image + 0.6 * np.array(specs.STREETS.colors)[labels]
+    shown = np.array(answer["pixels"]).reshape(75, 131, 4)[..., :3]
+    assert (np.abs(shown - expected).max(axis=-1) <= 1).mean() >= 0.999
+    ids, counts = np.unique(labels, return_counts=True)
+    names = [specs.STREETS.class_names[label] for label in ids[np.argsort(-counts, kind="stable")]]
+    assert [entry.rpartition(" ")[0] for entry in answer["legend"]] == names
+    answer = answer_of(server, "index.html?image=model.onnx")
+    assert answer["role"] == "alert" and answer["state"].startswith("model.onnx: ")
 
 
 def test_a_file_without_labels_is_refused_with_the_remedy(served):

@@ -33,6 +33,7 @@ from segjax.kernels.cross_entropy import pays
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky", "rmi")
 ALL_ZERO = f"{', '.join(TERMS)} are all 0; set at least one above 0"
+NO_ERRORS = "tversky_alpha and tversky_beta are 0, so the Tversky loss is 0 for all logits; set one above 0"
 # Settings that may be any finite number of at least 0.
 REALS = ("focal_gamma", "tversky_alpha", "tversky_beta", "tversky_power")
 SHARES = ("label_smoothing", "ohem_threshold", "ohem_min_kept")
@@ -87,6 +88,8 @@ def criterion(
     ]
     if settings.get("tversky_power") == 0:
         problems.append("loss.tversky_power must be above 0; got 0")
+    if settings.get("tversky") and settings.get("tversky_alpha") == settings.get("tversky_beta") == 0:
+        problems.append(f"loss: {NO_ERRORS}")
     if "ohem_images" in settings and not _is_count(settings["ohem_images"]):
         problems.append(f"loss.ohem_images must be a whole number, at least 0; got {settings['ohem_images']!r}")
     problems += [

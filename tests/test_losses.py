@@ -862,6 +862,8 @@ def test_the_defaults_are_plain_cross_entropy():
 def test_a_loss_without_any_term_is_refused():
     with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz, tversky, rmi are all 0; set"):
         build({"cross_entropy": 0.0}, classes=5)
+    with pytest.raises(ValueError, match="tversky_alpha and tversky_beta are 0, so the Tversky loss is 0"):
+        build({"tversky": 1.0, "tversky_alpha": 0.0, "tversky_beta": 0.0}, classes=5)
 
 
 @pytest.mark.parametrize("name", [*TERMS, *SETTINGS])

@@ -16,13 +16,21 @@ export async function load(url) {
 }
 
 /** The label of each pixel of an ImageData, Uint8Array or Int32Array of height * width. */
-export async function labels({ session }, { data, width, height }) {
-  const rgb = new Uint8Array(width * height * 3);
-  for (let pixel = 0; pixel < width * height; pixel++) {
-    rgb.set(data.subarray(4 * pixel, 4 * pixel + 3), 3 * pixel);
+export async function labels({ session, metadata }, { data, width, height }) {
+  // Some models take multiples of a size only: as in `segjax predict`, the mean colour fills the right and the bottom.
+  const multiple = metadata.size_multiple;
+  const [rows, columns] = [height, width].map((length) => Math.ceil(length / multiple) * multiple);
+  const mean = metadata.normalisation.mean.map(Math.round);
+  const rgb = new Uint8Array(rows * columns * 3).map((_, place) => mean[place % 3]);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const pixel = 4 * (y * width + x);
+      rgb.set(data.subarray(pixel, pixel + 3), 3 * (y * columns + x));
+    }
   }
-  const images = new ort.Tensor("uint8", rgb, [1, height, width, 3]);
-  return (await session.run({ images })).labels.data;
+  const images = new ort.Tensor("uint8", rgb, [1, rows, columns, 3]);
+  const found = (await session.run({ images })).labels.data;
+  return found.slice(0, width * height).map((_, place) => found[Math.floor(place / width) * columns + (place % width)]);
 }
 
 /** The pixels of a file or URL that the browser can show, reduced to at most `side` pixels a side. */

@@ -140,7 +140,7 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
     if sound("init.checkpoint") and not resumes and (reason := _why_no_start(config.init.checkpoint)):
         found["init.checkpoint"] = reason
     if sound("loss.distill", "loss.distill_cwd", "loss.distill_kl") and config.loss.distill:
-        if reason := _why_no_start(config.loss.distill):
+        if not resumes and (reason := _why_no_start(config.loss.distill)):
             found["loss.distill"] = reason
         elif not config.loss.distill_cwd and not config.loss.distill_kl:
             found["loss.distill"] = (
@@ -171,6 +171,8 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
         found["train.trackers"] = f"{config.train.trackers}; {why}"
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
+    if config.loss.tversky and config.loss.tversky_alpha == config.loss.tversky_beta == 0:
+        found["loss.tversky_alpha"] = f"0; {losses.NO_ERRORS}"
     return found
 
 
@@ -370,6 +372,9 @@ def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
     lines = [
         line for line in differing(*compared) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
     ]
+    # A teacher may have moved.
+    if len({entry["teacher"].get("sha256") for entry in compared}) == 1:
+        lines = [line for line in lines if not line.startswith(("  config.loss.distill:", "  teacher.source:"))]
     of_classes = [line for line in lines if line.startswith("  dataset.")]
     number = [len(metadata.get("dataset", {}).get("class_names", ())) for metadata in (before, now)]
     if number[0] == number[1] and now["config"].get("data", {}).get("changed") == "accept":

@@ -60,7 +60,7 @@ class Log:
         self._workdir, self._path, self._events = workdir, workdir / "metrics.jsonl", workdir / "tensorboard"
         self._start, self._evaluated, self._active = start, evaluated, active
         self._settings = settings
-        self._guest_names = [name for name in trackers if name in GUESTS] if active else []
+        self._guest_names = [name for name in trackers if name in GUESTS]
         self._board = TensorBoard(self._events, start) if active and TENSORBOARD in trackers else None
         self._guests: Guests | None = None
 
@@ -74,8 +74,8 @@ class Log:
         if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             tensorboard.remove_after(self._events, self._start, evaluated=self._evaluated)
-        reached = max((_position(record) for record, _ in records if record), default=(0, False))
-        self._guests = Guests(self._guest_names, self._workdir, self._settings, start=self._start, reached=reached)
+            reached = max((_position(record) for record, _ in records if record), default=(0, False))
+            self._guests = Guests(self._guest_names, self._workdir, self._settings, start=self._start, reached=reached)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:

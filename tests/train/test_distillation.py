@@ -193,6 +193,18 @@ def test_useless_distillation_settings_are_refused_at_the_start(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_computes_in_16_bits_on_accelerators_and_the_loss_in_32(tmp_path, monkeypatch):
+    path = saved(tmp_path / "teacher.safetensors", tiny_model(0))
+    images, logits, count = jnp.zeros((2, 32, 64, 3)), jnp.zeros((2, 8, 16, 5)), jnp.array(2.0)
+    for backend, in_16_bits in (("cpu", False), ("gpu", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            teacher = teacher_from(path, classes_of(*"abcde"))
+        traced = jax.make_jaxpr(teacher.total)(teacher.arrays(), images, logits, count)
+        assert ("bf16[2,8,16" in str(traced)) is in_16_bits
+        assert traced.out_avals[0].dtype == jnp.float32 and {x.dtype for x in teacher.arrays()} == {np.dtype("float32")}
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -213,10 +225,17 @@ def test_a_run_with_a_teacher_resumes_bit_for_bit_and_refuses_another(tmp_path, 
     saved(path, tiny_model(1, "segnext", num_classes=19))
     with pytest.raises(RunError, match=r"other settings:\n  teacher\.sha256: \w{64} in the run, \w{64} now"):
         run(config, tmp_path / "killed")
-    path.write_bytes(kept)
+    path.unlink()
+    # The same teacher at another place.
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(kept)
+    config.loss.distill = str(moved)
     status, printed = run(config, tmp_path / "killed")
     assert status == 0 and "resuming at step 2 of 4" in printed
     assert result_of(tmp_path / "killed")["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
+    # A finished run needs no teacher.
+    moved.unlink()
+    assert run(config, tmp_path / "killed")[0] == 0
     # Its own weights alone are in a checkpoint.
     weights, _ = orbax_folder.load_weights(tmp_path / "killed/checkpoints/4")
     assert not any("layer_scale" in name for name in weights)

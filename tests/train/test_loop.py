@@ -541,6 +541,12 @@ def test_an_invalid_setting_is_refused_before_anything_is_done(key, tmp_path, no
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tversky_loss_needs_a_weight_of_errors(tmp_path, no_data):
+    settings = dict(loss__tversky=1.0, loss__tversky_alpha=0.0, loss__tversky_beta=0.0)
+    with pytest.raises(RunError, match=r"config\.loss\.tversky_alpha: 0; tversky_alpha and tversky_beta are 0"):
+        run(make_config(**settings), tmp_path / "run")
+
+
 def test_mixing_needs_two_samples_and_probabilities_of_at_most_one(tmp_path, no_data, monkeypatch):
     with pytest.raises(RunError, match=r"config\.augment\.classmix: 0\.6; the sum of .* augment\.cutmix, 0\.5, and"):
         run(make_config(augment__cutmix=0.5, augment__classmix=0.6), tmp_path / "run")

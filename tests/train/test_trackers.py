@@ -206,6 +206,12 @@ def test_only_one_of_several_processes_has_the_trackers(fake, tmp_path):
         evaluate(log, 1)
         log.artifact(tmp_path / "result.json", "result")
     assert fake.calls == [] and list(tmp_path.iterdir()) == []
+    with begin(tmp_path) as log:
+        write(log, 1, 2, 3)
+    calls, state = len(fake.calls), (tmp_path / "trackers.json").read_bytes()
+    with begin(tmp_path, start=2, active=False) as log:
+        write(log, 3)
+    assert len(fake.calls) == calls and (tmp_path / "trackers.json").read_bytes() == state
 
 
 def test_missing_packages_are_named_with_their_extras_at_the_start(tmp_path, monkeypatch):
