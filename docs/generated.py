@@ -35,6 +35,7 @@ def write(folder: Path) -> None:
         "tables/feeding.md": feeding(record("feeding-sizes-cpu"), record("gpu-static")),
         "tables/gpu.md": gpu(record("gpu-static")),
         "tables/errors.md": errors(record("parity")),
+        "tables/audit.md": audit(record("audit-camvid-cpu")),
     }
     (folder / "tables").mkdir(exist_ok=True)
     for name, text in pages.items():
@@ -267,6 +268,21 @@ def gpu(found: dict[str, Any]) -> str:
         if row["mode"] == "train"
     )
     return _table(head, rows) + _origin(found) + "\n"
+
+
+def audit(found: dict[str, Any]) -> str:
+    """Table of the share of relabelled regions among the first ones, as means over the seeds of the record."""
+    rankings = {
+        "audit": "`segjax audit`",
+        "lowest probability": "lowest mean probability of the mask's class",
+        "lowest probability, from 100 pixels": "the same, without small regions",
+    }
+    seeds = list(found["results"].values())
+    rows = (
+        [title, *(f"{sum(seed[ranking][first] for seed in seeds) / len(seeds):.1%}" for first in ("50", "200"))]
+        for ranking, title in rankings.items()
+    )
+    return _table(["ranking", "relabelled among the first 50", "first 200"], rows) + _origin(found) + "\n"
 
 
 def errors(found: dict[str, Any]) -> str:
