@@ -35,6 +35,7 @@ def write(folder: Path) -> None:
         "tables/feeding.md": feeding(record("feeding-sizes-cpu"), record("gpu-static")),
         "tables/gpu.md": gpu(record("gpu-static")),
         "tables/errors.md": errors(record("parity")),
+        "tables/peers.md": peers(record("peers-b0-infer-cpu"), record("peers-b0-train-cpu"), record("b0-bf16-cpu")),
         "tables/audit.md": audit(record("audit-camvid-cpu")),
     }
     (folder / "tables").mkdir(exist_ok=True)
@@ -188,6 +189,26 @@ def speed(found: dict[str, Any]) -> str:
     """Table of time on a CPU next to PyTorch's."""
     head = ["model", "work", "segjax, ms", "over PyTorch eager", "over `torch.compile`"]
     return _table(head, speed_rows(found)) + _origin(found) + "\n"
+
+
+def peers(*found: dict[str, Any]) -> str:
+    """Table of SegFormer-B0's time over that of other PyTorch implementations, a row for each record."""
+
+    def rows() -> Iterator[list[str]]:
+        for each in found:
+            (result,) = each["results"]
+            others = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+            ratios = [
+                f"{others[name]['ours_over_theirs'][0]:.2f}" if name in others else ""
+                for name in ("torch", "torch-compile", "torch-fused")
+            ]
+            work = {"infer": "inference", "train": "training"}[result["mode"]]
+            shape = "x".join(map(str, [result["batch"], *result["size"]]))
+            dtype = "bfloat16" if "--dtype bf16" in each["command"] else "float32"
+            yield [f"{work} {shape}, {dtype}", f"{others['segjax']['milliseconds'][0]:.0f}", *ratios]
+
+    head = ["work", "segjax, ms", "over PyTorch eager", "over `torch.compile`", "over the same order of operations"]
+    return _table(head, rows()) + "\n\n".join(map(_origin, found)) + "\n"
 
 
 def sizes(found: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ WRITTEN = [page for page in PAGES if page not in GENERATED]
 
 MODEL_SETTINGS = {f"model.{name}" for model in MODELS for name in settings(model)} | {"model.in_channels"}
 # Flags in the text that belong to SLURM, TensorRT's trtexec, MLflow and XLA.
-OTHER_FLAGS = {"--gpus-per-task", "--fp16", "--backend-store-uri", "--xla_disable_hlo_passes"}
+OTHER_FLAGS = {"--gpus-per-task", "--gpu-bind", "--fp16", "--backend-store-uri", "--xla_disable_hlo_passes"}
 SUFFIXES = ("csv", "html", "json", "jsonl", "md", "png", "py")
 SETTINGS = {*schema.SETTINGS, *MODEL_SETTINGS}
 
