@@ -35,6 +35,8 @@ def write(folder: Path) -> None:
         "tables/feeding.md": feeding(record("feeding-sizes-cpu"), record("gpu-static")),
         "tables/gpu.md": gpu(record("gpu-static")),
         "tables/errors.md": errors(record("parity")),
+        "tables/peers.md": peers(record("peers-b0-infer-cpu"), record("peers-b0-train-cpu"), record("b0-bf16-cpu")),
+        "tables/audit.md": audit(record("audit-camvid-cpu")),
     }
     (folder / "tables").mkdir(exist_ok=True)
     for name, text in pages.items():
@@ -189,6 +191,26 @@ def speed(found: dict[str, Any]) -> str:
     return _table(head, speed_rows(found)) + _origin(found) + "\n"
 
 
+def peers(*found: dict[str, Any]) -> str:
+    """Table of SegFormer-B0's time over that of other PyTorch implementations, a row for each record."""
+
+    def rows() -> Iterator[list[str]]:
+        for each in found:
+            (result,) = each["results"]
+            others = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+            ratios = [
+                f"{others[name]['ours_over_theirs'][0]:.2f}" if name in others else ""
+                for name in ("torch", "torch-compile", "torch-fused")
+            ]
+            work = {"infer": "inference", "train": "training"}[result["mode"]]
+            shape = "x".join(map(str, [result["batch"], *result["size"]]))
+            dtype = "bfloat16" if "--dtype bf16" in each["command"] else "float32"
+            yield [f"{work} {shape}, {dtype}", f"{others['segjax']['milliseconds'][0]:.0f}", *ratios]
+
+    head = ["work", "segjax, ms", "over PyTorch eager", "over `torch.compile`", "over the same order of operations"]
+    return _table(head, rows()) + "\n\n".join(map(_origin, found)) + "\n"
+
+
 def sizes(found: dict[str, Any]) -> str:
     """Tables of time on a CPU over the size of the image, one for inference and one for training."""
     tables = []
@@ -267,6 +289,21 @@ def gpu(found: dict[str, Any]) -> str:
         if row["mode"] == "train"
     )
     return _table(head, rows) + _origin(found) + "\n"
+
+
+def audit(found: dict[str, Any]) -> str:
+    """Table of the share of relabelled regions among the first ones, as means over the seeds of the record."""
+    rankings = {
+        "audit": "`segjax audit`",
+        "lowest probability": "lowest mean probability of the mask's class",
+        "lowest probability, from 100 pixels": "the same, without small regions",
+    }
+    seeds = list(found["results"].values())
+    rows = (
+        [title, *(f"{sum(seed[ranking][first] for seed in seeds) / len(seeds):.1%}" for first in ("50", "200"))]
+        for ranking, title in rankings.items()
+    )
+    return _table(["ranking", "relabelled among the first 50", "first 200"], rows) + _origin(found) + "\n"
 
 
 def errors(found: dict[str, Any]) -> str:

@@ -31,6 +31,8 @@ from segjax.kernels import cells, precision
 from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.cross_entropy import pays
 
+__all__ = ["Criterion", "Divergence", "criterion"]
+
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky", "rmi")
 ALL_ZERO = f"{', '.join(TERMS)} are all 0; set at least one above 0"
 NO_ERRORS = "tversky_alpha and tversky_beta are 0, so the Tversky loss is 0 for all logits; set one above 0"

@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import inspect
+import re
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,47 @@ ROOT = Path(segjax.__file__).parents[1]
 FILES = [
     path.relative_to(ROOT) for path in sorted((ROOT / "segjax").rglob("*.py")) if ">>> " in path.read_text("utf-8")
 ]
+
+
+PUBLIC = ["segjax", *(f"segjax.{name}" for name in ("data", "layers", "losses", "metrics", "models", "train"))]
+# Tables, the version and namespaces have no docstring of their own; docs/api.md describes them.
+WITHOUT_DOCSTRING = dict | str | types.ModuleType
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_has_an_example(module):
+    namespace = importlib.import_module(module)
+    objects = {name: getattr(namespace, name) for name in namespace.__all__}
+    documented = {name: value for name, value in objects.items() if not isinstance(value, WITHOUT_DOCSTRING)}
+    assert documented
+    assert not [name for name, value in documented.items() if not re.search(r"Examples?:\n  >>> ", doc_of(value))]
+    # `test_the_examples_in_a_file_print_the_shown_output` runs the file of each.
+    files = {ROOT / file for file in FILES}
+    assert {file_of(value) for value in documented.values()} <= files
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_arguments_and_results_of_public_functions_are_documented(module):
+    namespace = importlib.import_module(module)
+    for name in namespace.__all__:
+        value = getattr(namespace, name)
+        if not inspect.isfunction(value):
+            continue
+        signature = inspect.signature(value)
+        doc = doc_of(value)
+        described = doc.partition("Args:\n")[2].partition("\n\n")[0]
+        assert [name for name in signature.parameters if not re.search(rf"\b{name}\b", described)] == [], name
+        if signature.return_annotation not in (None, "None"):
+            assert re.search(r"^(Returns|Yields):$", doc, re.MULTILINE), name
+
+
+def doc_of(value):
+    return inspect.cleandoc(value.__doc__ or "")
+
+
+def file_of(value):
+    module = getattr(inspect.unwrap(value), "__module__", None) or type(value).__module__
+    return Path(importlib.import_module(module).__file__)
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -40,6 +40,13 @@ class LoadedCheckpoint(Generic[Model]):
         classes, and `classes` is a guess from their number.
       mean, std: Statistics of the training images, C numbers each, in the unit of their values (0..255 for RGB).
       provenance: Name and hash of the checkpoint; "made_from" has the provenance that it stores.
+
+    Example:
+      >>> import segjax
+      >>> model = segjax.create("segformer_b0", num_classes=2, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> segjax.save(model, "model.safetensors", class_names=["road", "sky"])
+      >>> segjax.load("model.safetensors").classes.class_names
+      ('road', 'sky')
     """
 
     model: Model
@@ -77,8 +84,20 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
       dtype: Dtype of the computation; by default float32, or float64 for an orbax folder in float64.
       weights: Set of weights to load from a checkpoint with several: "ema" or "raw", "student" or "teacher".
 
+    Returns:
+      The model in evaluation mode, with its classes, normalisation, metadata and provenance.
+
     Raises:
       CheckpointError: There is no checkpoint, it fits no model, its weights are not finite, or it is an encoder only.
+
+    Example:
+      >>> import segjax
+      >>> segjax.save(
+      ...     segjax.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8), "model.safetensors"
+      ... )
+      >>> checkpoint = segjax.load("model.safetensors")
+      >>> checkpoint.model.spec.name, checkpoint.model.spec.num_classes
+      ('segformer_b0', 5)
     """
     published.refuse_encoder(source)
     checkpoint = read_checkpoint(source, weights=weights)

@@ -176,8 +176,16 @@ def list_weights(pattern: str = "*") -> WeightsList:
     Args:
       pattern: Shell-style pattern (`*` and `?`), or a part of a name.
 
+    Returns:
+      One row for each set of weights, at least one.
+
     Raises:
       ValueError: Nothing matches; the message has the nearest names.
+
+    Example:
+      >>> import segjax
+      >>> [row.name for row in segjax.list_weights("segnext_*.ade20k")]
+      ['segnext_t.ade20k', 'segnext_s.ade20k', 'segnext_b.ade20k', 'segnext_l.ade20k']
     """
     if not set("*?[") & set(pattern):
         pattern = f"*{pattern}*"

@@ -58,6 +58,13 @@ def save(
       CheckpointError: The dialect has no keys for this model, or something else exists at this path; nothing is
         written.
       KeyError: The dialect is unknown.
+
+    Example:
+      >>> import segjax
+      >>> model = segjax.create("segformer_b0", num_classes=2, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> segjax.save(model, "model.safetensors", class_names=["road", "sky"])
+      >>> segjax.load("model.safetensors").classes.class_names
+      ('road', 'sky')
     """
     path = user_path(path)
     require_destination(path, dialect)

@@ -110,6 +110,12 @@ def to_torch(model: SegmentationModel, *, dialect: str = "native") -> dict[str, 
     Raises:
       CheckpointError: The dialect has no keys for this family of models.
       KeyError: The dialect is unknown.
+
+    Example:
+      >>> import segjax
+      >>> model = segjax.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> segjax.to_torch(model, dialect="hf")["decode_head.classifier.weight"].shape
+      (5, 8, 1, 1)
     """
     key_format = key_format_of(model, dialect)
     native = {}
@@ -184,6 +190,17 @@ def load_torch(
       CheckpointError: Keys are missing, unexpected or misshapen (all are listed), or weights are not finite; the
         model is unchanged.
       KeyError: The dialect is unknown.
+
+    Example:
+      >>> import segjax
+      >>> first, second = (
+      ...     segjax.create("segformer_b0", num_classes=k, dims=(4, 8, 10, 16), decoder_dim=8) for k in (5, 7)
+      ... )
+      >>> kept = segjax.load_torch(
+      ...     second, segjax.to_torch(first, dialect="hf"), drop=["decode_head.classifier.*"], keep=["*classifier*"]
+      ... )
+      >>> len(kept)
+      2
     """
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
     plan = _plan(model, checkpoint, drop=_patterns(drop), keep=_patterns(keep))
@@ -396,6 +413,13 @@ def from_torch(
     Raises:
       CheckpointError: The checkpoint fits no model; the message names the nearest one and the differences.
       KeyError: The name or dialect is unknown.
+
+    Example:
+      >>> import segjax
+      >>> model = segjax.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> again = segjax.from_torch(segjax.to_torch(model, dialect="smp"))
+      >>> again.spec.name, again.spec.num_classes
+      ('segformer_b0', 5)
     """
     if name != "auto":
         models.settings(name)

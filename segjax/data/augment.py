@@ -40,6 +40,12 @@ def normalise(
 
     Returns:
       float32 (..., C).
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import data
+      >>> data.normalise(np.full((2, 2, 3), 100, np.uint8), mean=(90, 100, 110), std=(10, 10, 10))[0, 0]
+      Array([ 1.,  0., -1.], dtype=float32)
     """
     return (jnp.asarray(images, jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 

@@ -87,6 +87,21 @@ def prepare(
     Raises:
       DataError: The name is unknown; a source is missing, or has problems, which are all listed; or the dataset was
         prepared from other files, or divided differently.
+
+    Example:
+      >>> import pathlib
+      >>> import numpy as np
+      >>> from segjax import data
+      >>> for kind, shape in (("images", (40, 64, 3)), ("labels", (40, 64))):
+      ...     pathlib.Path("yard", kind, "train").mkdir(parents=True)
+      ...     np.save(f"yard/{kind}/train/a.npy", np.zeros(shape, np.uint8))
+      >>> size = pathlib.Path("yard/classes.json").write_text('{"names": ["grass", "path"]}')
+      >>> prepared = data.prepare("folder", source="yard", data_dir="prepared")
+      Preparing yard, images per split: train 1
+        from ...
+        to ...
+      >>> prepared.splits
+      {'train': 1}
     """
     names = specs.prepared_names()
     if name not in names:

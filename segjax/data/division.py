@@ -20,6 +20,11 @@ class Division:
       seed: Seed of the choice of images.
       group_by: Regular expression that finds the group of an image in its name, as the first group of the match, or
         else the whole match. Images of one group stay together. None if every image is its own group.
+
+    Example:
+      >>> from segjax import data
+      >>> str(data.Division(0.2, group_by="^[a-z]+"))
+      'val 0.2 of the images, seed 0, groups by ^[a-z]+'
     """
 
     val_share: float

@@ -26,6 +26,12 @@ class OpenSplit(NamedTuple):
       pixel_counts: () -> number of pixels of each label value, int64 (K,); (2,) for a single class.
       prepared: The prepared dataset of the split; None for a generated one.
       kind: Channels and dtype of the images, if they are read from disk.
+
+    Example:
+      >>> from segjax import data
+      >>> (opened,) = data.open_splits("streets", ["val"], num_images=[2], size=(40, 64))
+      >>> opened.pixel_counts().shape == (opened.spec.num_classes,)
+      True
     """
 
     data: specs.Split | Records
@@ -76,6 +82,12 @@ def open_splits(
       DataError: The dataset is unknown; the source or the dataset cannot be used; or a split does not exist, or has no
         published labels.
       ValueError: A generated dataset has no such split, or cannot generate the number or size of images.
+
+    Example:
+      >>> from segjax import data
+      >>> train, val = data.open_splits("streets", ["train", "val"], num_images=[3, 2], size=(40, 64))
+      >>> train.data.images.shape, val.data.images.shape
+      ((3, 40, 64, 3), (2, 40, 64, 3))
     """
     if name not in specs.DATASETS:
         raise DataError(f"no dataset '{name}'; the datasets are {', '.join(specs.DATASETS)}")

@@ -53,6 +53,17 @@ class TrainBatches:
 
     Attributes:
       resident_bytes: Bytes of the split, on each device.
+
+    Example:
+      >>> import jax
+      >>> from segjax import data
+      >>> from segjax.runtime.parallel import parallel_for
+      >>> (opened,) = data.open_splits("streets", ["train"], num_images=[3], size=(40, 64))
+      >>> with data.TrainBatches(
+      ...     opened.data, batch_size=2, seed=0, parallel=parallel_for("jit", jax.devices()[:1])
+      ... ) as batches:
+      ...     batches.at(0)["image"].shape
+      (2, 40, 64, 3)
     """
 
     waited = 0.0
@@ -177,6 +188,26 @@ class StreamBatches:
 
     Attributes:
       waited: Seconds that `at` has waited for images, in total.
+
+    Example:
+      >>> import jax
+      >>> from segjax import data
+      >>> from segjax.runtime.parallel import parallel_for
+      >>> from segjax.train.schema import default_config
+      >>> (opened,) = data.open_splits("streets", ["train"], num_images=[3], size=(40, 64))
+      >>> settings, parallel = default_config("streets").augment, parallel_for("jit", jax.devices()[:1])
+      >>> settings.crop = (32, 32)
+      >>> with data.StreamBatches(
+      ...     data.records_of(opened.data),
+      ...     batch_size=2,
+      ...     seed=0,
+      ...     parallel=parallel,
+      ...     settings=settings,
+      ...     ignore_label=opened.spec.ignore_label,
+      ...     key=jax.random.key(0),
+      ... ) as batches:
+      ...     len(batches.at(0)["label"])
+      2
     """
 
     resident_bytes = 0
@@ -332,6 +363,12 @@ def evaluation_batches(
 
     Raises:
       RecordError: An image or a label cannot be used.
+
+    Example:
+      >>> from segjax import data
+      >>> (opened,) = data.open_splits("streets", ["val"], num_images=[3], size=(40, 64))
+      >>> [numbers.tolist() for images, labels, numbers in data.evaluation_batches(opened.data, batch_size=2)]
+      [[0, 1], [2]]
     """
     records = records_of(data)
     groups = evaluation_groups(records, batch_size=batch_size, key=key, part=part, done=done)

@@ -32,6 +32,21 @@ class Prepared:
       labelled: The splits whose labels are published.
       path: The directory that TFDS wrote.
       metadata: Metadata that `builders.py` stored: source, and names, sizes and pixel counts of each split.
+
+    Example:
+      >>> import pathlib
+      >>> import numpy as np
+      >>> from segjax import data
+      >>> for kind, shape in (("images", (40, 64, 3)), ("labels", (40, 64))):
+      ...     pathlib.Path("yard", kind, "train").mkdir(parents=True)
+      ...     np.save(f"yard/{kind}/train/a.npy", np.zeros(shape, np.uint8))
+      >>> size = pathlib.Path("yard/classes.json").write_text('{"names": ["grass", "path"]}')
+      >>> prepared = data.prepare("folder", source="yard", data_dir="prepared")
+      Preparing yard, images per split: train 1
+        from ...
+        to ...
+      >>> prepared.spec.class_names, prepared.pixel_counts("train")
+      (('grass', 'path'), [2560, 0])
     """
 
     spec: specs.DatasetSpec

@@ -23,7 +23,19 @@ THREADS = min(16, os.cpu_count() or 1)
 
 
 class RecordError(ValueError):
-    """An image or a label that cannot be used; the message names it."""
+    """An image or a label that cannot be used; the message names it.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import data
+      >>> from segjax.data import records
+      >>> split = data.Split(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8), np.full((1, 2), 4), ("a",))
+      >>> try:
+      ...     records.read(data.records_of(split), 0)
+      ... except data.RecordError as error:
+      ...     print(error)
+      a should be of size (4, 4), but its image and label have the shapes ((4, 4), (4, 4))
+    """
 
 
 class Records(Protocol):
@@ -32,6 +44,14 @@ class Records(Protocol):
     Attributes:
       sizes: Height and width of each image, int32 (N, 2).
       names: N names, for messages and file names.
+
+    Example:
+      >>> from segjax import data
+      >>> (opened,) = data.open_splits("streets", ["val"], num_images=[2], size=(40, 64))
+      >>> records = data.records_of(opened.data)
+      >>> image, labels = records[0]
+      >>> len(records), image.shape, labels.shape
+      (2, (40, 64, 3), (40, 64))
     """
 
     @property
@@ -137,7 +157,20 @@ class PickedRecords:
 
 
 def records_of(data: specs.Split | Records) -> Records:
-    """The interface of `Records` for a split that is in memory or on disk."""
+    """The interface of `Records` for a split that is in memory or on disk.
+
+    Args:
+      data: A `Split`, or `Records`, which are returned as they are.
+
+    Returns:
+      Records with the images and labels of the split, without padding.
+
+    Example:
+      >>> from segjax import data
+      >>> (opened,) = data.open_splits("streets", ["val"], num_images=[2], size=(40, 64))
+      >>> len(data.records_of(opened.data))
+      2
+    """
     return SplitRecords(data) if isinstance(data, specs.Split) else data
 
 

@@ -28,7 +28,16 @@ from segjax.runtime import atomic, console, reading
 
 
 class DataError(ValueError):
-    """A source or a prepared dataset that cannot be used; the message lists every reason and its remedy."""
+    """A source or a prepared dataset that cannot be used; the message lists every reason and its remedy.
+
+    Example:
+      >>> from segjax import data
+      >>> try:
+      ...     data.prepare("yards")
+      ... except data.DataError as error:
+      ...     print(error)
+      no dataset 'yards' to prepare; choose from ...
+    """
 
 
 class NoSourceError(DataError):

@@ -83,6 +83,12 @@ class DatasetSpec:
       colors: K RGB triples in 0..255, in the order of the train ids.
       ignore_label: Label value that is excluded everywhere; not a train id, at most `LARGEST_LABEL`.
       splits: (name, number of images) pairs as published; empty if any number is accepted.
+
+    Example:
+      >>> from segjax import data
+      >>> spec = data.DatasetSpec("yard", ("grass", "path"), ((0, 128, 0), (128, 128, 128)), ignore_label=255)
+      >>> spec.num_classes
+      2
     """
 
     name: str
@@ -135,6 +141,12 @@ class Split(NamedTuple):
       labels: Train ids, uint8 or uint16 (N, H, W), with ignore_label in the padding; see `DatasetSpec.label_dtype`.
       sizes: Height and width of each image without its padding, int32 (N, 2).
       names: N names, for messages and file names.
+
+    Example:
+      >>> from segjax import data
+      >>> (opened,) = data.open_splits("streets", ["val"], num_images=[2], size=(40, 64))
+      >>> opened.data.images.shape, opened.data.labels.shape, opened.data.sizes.tolist()
+      ((2, 40, 64, 3), (2, 40, 64), [[40, 64], [40, 64]])
     """
 
     images: np.ndarray
@@ -324,6 +336,11 @@ class Dataset:
       class_weights: K weights by which a published recipe multiplies the loss of each class.
       guessed: Whether a checkpoint with the same number of unnamed classes is assumed to have these classes.
       scenes: Defaults of a generated dataset; None for all others.
+
+    Example:
+      >>> from segjax import data
+      >>> data.DATASETS["cityscapes"].kind, data.DATASETS["cityscapes"].evaluated_split
+      ('archives', 'val')
     """
 
     kind: Literal["generated", "archives", "folder"]

@@ -113,6 +113,9 @@ def open_exported(
       reference: Checkpoint from which the file was made, argument or result of `segjax.load`. It has the normalisation,
         the classes and `align_corners` of a file that does not say.
 
+    Returns:
+      The file's model, which takes images of the file's sizes, with its classes, normalisation and metadata.
+
     Raises:
       CheckpointError: The package is missing, the file is no segmentation model, or something remains unknown; the
         message says how to tell it.

@@ -58,6 +58,13 @@ def weights_are_prepared() -> AbstractContextManager:
 
     Returns:
       A context manager.
+
+    Example:
+      >>> from segjax import layers
+      >>> from segjax.kernels import choice
+      >>> with layers.weights_are_prepared():
+      ...     choice.are_weights_prepared()
+      True
     """
     return _PREPARED(True)
 

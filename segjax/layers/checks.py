@@ -29,6 +29,9 @@ def feature_taps(features: Sequence[jax.Array]) -> dict[str, jax.Array]:
 def require_four(**settings: Sequence) -> None:
     """Check that each setting has one number for each of the four stages.
 
+    Args:
+      **settings: Numbers by the name of the setting.
+
     Raises:
       ValueError: A setting has another length or is a single number.
 

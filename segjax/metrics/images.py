@@ -120,6 +120,13 @@ class Differences(NamedTuple):
       mean_iou: Lower and upper end for mIoU, or None for fewer than two images with labelled pixels.
       per_class_iou: The same for the IoU of each class, K entries; None for a class that has no IoU with one of the
         models.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> first, second = np.full((4, 3, 1), 9), np.full((4, 3, 1), 9)
+      >>> metrics.bootstrap_difference(first, second).mean_iou
+      (0.0, 0.0)
     """
 
     mean_iou: tuple[float, float] | None

@@ -25,6 +25,8 @@ from segjax.models import (
 )
 from segjax.models.segmentation_model import MOST_BLOCKS, ModelSpec, SegmentationModel
 
+__all__ = ["MODELS", "SegmentationModel", "create", "problem_of", "settings"]
+
 
 def _variants(pattern: str, model: type, variants: dict[str, dict[str, Any]]) -> dict[str, partial]:
     return {pattern.format(variant): partial(model, **sizes) for variant, sizes in variants.items()}

@@ -55,6 +55,13 @@ class SegmentationModel(nnx.Module):
       size_multiple: Number that must divide height and width of the images.
       align_corners: Alignment of the bilinear upsampling of logits, including auxiliary ones, to the size of labels or
         images.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> model = models.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> isinstance(model, models.SegmentationModel), model(jnp.zeros((1, 32, 64, 3)))[0].shape
+      (True, (1, 8, 16, 5))
     """
 
     spec: ModelSpec

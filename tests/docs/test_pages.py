@@ -21,12 +21,15 @@ from segjax.models import MODELS, settings
 from segjax.train import schema
 
 ROOT = Path(segjax.__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "parity/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "parity/README.md", "benchmarks/README.md"]
 PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name != "tables"]
 GENERATED = {"docs/command_line.md", "docs/settings.md", "docs/published_weights.md"}
 WRITTEN = [page for page in PAGES if page not in GENERATED]
 
 MODEL_SETTINGS = {f"model.{name}" for model in MODELS for name in settings(model)} | {"model.in_channels"}
+# Flags in the text that belong to SLURM, TensorRT's trtexec, MLflow and XLA.
+OTHER_FLAGS = {"--gpus-per-task", "--gpu-bind", "--fp16", "--backend-store-uri", "--xla_disable_hlo_passes"}
+SUFFIXES = ("csv", "html", "json", "jsonl", "md", "png", "py")
 SETTINGS = {*schema.SETTINGS, *MODEL_SETTINGS}
 
 
@@ -130,7 +133,7 @@ def test_settings_in_pages_exist(page):
 @pytest.mark.parametrize("page", WRITTEN)
 def test_files_and_modules_in_pages_exist(page):
     text = (ROOT / page).read_text("utf-8")
-    for path in re.findall(r"`((?:segjax|parity|tests|benchmarks|configs|docs|\.ci)/[\w./-]*)`", text):
+    for path in re.findall(r"`((?:segjax|parity|tests|benchmarks|configs|docs|examples|\.ci)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), f"{page}: {path}"
     for module in re.findall(r"python -m ((?:segjax|parity|benchmarks|tests)[\w.]*)", text):
         assert importlib.util.find_spec(module), f"{page}: {module}"
@@ -147,6 +150,49 @@ def test_functions_in_pages_exist(page):
                 value = importlib.import_module(f"{value.__name__}.{part}")
             else:
                 value = getattr(value, part)
+
+
+@functools.cache
+def every_flag():
+    """The flags of all commands, and those of the programs in `parity`, `benchmarks` and `tests`."""
+    texts = [help_of("segjax", name) for name in COMMANDS]
+    texts += [help_of("segjax", "data", name) for name in ("show", "import")]
+    folders = ("parity", "benchmarks", "tests")
+    texts += [path.read_text("utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_flags_in_the_text_of_pages_exist(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for flag in re.findall(r"`(--[a-z][\w-]*)(?![\w.-])[^`]*`", text):
+        known = flag in every_flag() | OTHER_FLAGS or flag.removeprefix("--") in train.FLAGS
+        assert known, f"{page}: {flag}"
+
+
+@functools.cache
+def modules():
+    """Modules of segjax by their last name; None if several share it."""
+    found = {}
+    for path in (ROOT / "segjax").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        last = name.rpartition(".")[2]
+        found[last] = None if last in found else name
+    return found
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_names_of_modules_in_the_text_of_pages_exist(page):
+    text = (ROOT / page).read_text("utf-8")
+    for module, name in re.findall(r"`(\w+)\.(\w+)(?:\(\))?`", text):
+        if f"{module}.{name}" in SETTINGS or name in SUFFIXES or not modules().get(module):
+            continue
+        found = importlib.import_module(modules()[module])
+        assert hasattr(found, name), f"{page}: {module}.{name}"
+    for names, path in re.findall(r"((?:`\w+`(?:, | and | or )?)+) (?:in|of) `([\w/.]+\.py)`", text):
+        files = [ROOT / path] if "/" in path else (ROOT / "segjax").rglob(path)
+        words = {word for file in files for word in re.findall(r"\w+", file.read_text("utf-8"))}
+        assert set(re.findall(r"`(\w+)`", names)) <= words, f"{page}: {names} {path}"
 
 
 @pytest.mark.parametrize("page", PAGES)
