@@ -279,7 +279,7 @@ def test_all_metadata_of_a_folder_are_printed_in_80_columns(tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "b", tiny_model(1, num_classes=150), metadata={})
     lines = inspected(capsys, tmp_path / "b").splitlines()
     assert any("chest of drawers #0633ff" in line for line in lines)
-    assert any("probably ade20k's, by their number" in line for line in lines)
+    assert any("probably those of ade20k, by their number" in line for line in lines)
     # And a setting of several numbers.
     orbax_folder.save_model(tmp_path / "c", tiny_model(1, "hrnet"), metadata={})
     lines = inspected(capsys, tmp_path / "c").splitlines()
