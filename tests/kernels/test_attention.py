@@ -1,5 +1,7 @@
 """Attention with a custom backward pass, and the choice of cuDNN's attention."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,7 @@ def test_a_failing_cudnn_is_logged_once_and_not_used(monkeypatch, caplog):
     def refuse(*_):
         raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nand more")
 
+    caplog.set_level(logging.WARNING, "segjax")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention, "attention_by_cudnn", refuse)
     attention._cudnn_works.cache_clear()
