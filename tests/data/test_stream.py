@@ -135,7 +135,12 @@ CASES = {
 CLASS_PIXELS = np.array([60_000, 10_000, 8_000, 2_000, 300])
 
 
-@pytest.mark.parametrize("case", CASES)
+# "everything" combines most of these.
+AT_ONCE = ("windows of larger images", "a crop larger than any image", "crops around rare classes", "everything")
+EACH_CASE = [pytest.param(case, marks=[pytest.mark.slow] * (case not in AT_ONCE)) for case in CASES]
+
+
+@pytest.mark.parametrize("case", EACH_CASE)
 def test_a_streamed_batch_equals_the_resident_one_bit_for_bit(case):
     records, settings = Noise(), CASES[case]
     split = load(records, ignore_label=255)

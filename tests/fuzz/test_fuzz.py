@@ -20,9 +20,9 @@ def python(*arguments):
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.parametrize("minutes", ["0.3", pytest.param("10", marks=pytest.mark.slow)])
-def test_fuzzing_gives_only_results_or_messages(minutes):
-    ended = python("-m", "tests.fuzz", "--minutes", minutes, "--seed", "0")
+@pytest.mark.slow
+def test_a_minute_of_fuzzing_gives_only_results_or_messages():
+    ended = python("-m", "tests.fuzz", "--minutes", "1", "--seed", "0")
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-3000:]
     trials = re.search(r"^0 of (\d+) trials are at fault", ended.stdout, re.MULTILINE)
     assert trials and int(trials[1]) >= 10

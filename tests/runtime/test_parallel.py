@@ -291,6 +291,7 @@ def test_the_loss_is_the_mean_over_all_pixels_and_not_over_devices(float64):
         np.testing.assert_allclose(scalars["gradient_norm"], np.linalg.norm(gradient), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_has_its_weight_in_loss_and_update(float64):
     parallel = parallel_of("jit", 1)
     functional = tiny_functional(parallel, family="ocr")

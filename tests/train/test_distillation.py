@@ -208,6 +208,7 @@ def test_a_teacher_computes_in_16_bits_on_accelerators_and_the_loss_in_32(tmp_pa
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.one_python
 def test_a_run_with_a_teacher_resumes_bit_for_bit_and_refuses_another(tmp_path, monkeypatch):
     path = saved(tmp_path / "teacher.safetensors", tiny_model(0, "segnext", num_classes=19))

@@ -45,7 +45,8 @@ def counted(folder, protocol):
 
 
 @pytest.mark.parametrize(
-    "name, parallel", [("slide", "pmap"), ("base size", "jit"), pytest.param("slide", "jit", marks=pytest.mark.slow)]
+    "name, parallel",
+    [("slide", "pmap"), *(pytest.param(name, "jit", marks=pytest.mark.slow) for name in ("base size", "slide"))],
 )
 def test_evaluation_of_a_run_follows_its_protocol_and_is_repeatable(name, parallel, tmp_path, capsys):
     protocol = Protocol(**SETTINGS[name])

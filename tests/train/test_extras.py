@@ -58,6 +58,7 @@ def test_only_a_step_with_mixing_permutes_the_batch(float64):
     assert not mixing.is_mixed(augment_of())
 
 
+@pytest.mark.slow
 @pytest.mark.one_python
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     config = make_config(

@@ -343,7 +343,8 @@ def test_a_run_stopped_under_jit_continues_under_pmap_to_equal_weights(has_pmap,
     assert losses[0][-2:] == losses[1][-2:] and len(losses[0]) == len(losses[1])
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_run_with_scanned_blocks_saves_and_restores_single_blocks(loopless, parallel, tmp_path, monkeypatch):
     changes, expected = loopless
     config, compiled = make_config(**changes, train__scan_blocks=True, parallel=parallel), []
@@ -1085,6 +1086,7 @@ def command_line(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_train_py_with_130_after_saving(command_line):
     status, out, err = command_line.stopped
     assert status == 130

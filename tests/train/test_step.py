@@ -221,6 +221,7 @@ def test_devices_communicate_once_for_each_batch_norm_and_direction(kind):
     assert layers_of_norm == 54 and 10 < exchanges <= 2 * layers_of_norm + 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, float64):
     rules = dict(name=name, no_decay=r"norm|block2.*bias", lr_multipliers=((r"block3\.[12]\.mlp", 3.0),), clip_norm=0.5)
