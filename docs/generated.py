@@ -36,6 +36,7 @@ def write(folder: Path) -> None:
         "tables/gpu.md": gpu(record("gpu-static")),
         "tables/errors.md": errors(record("parity")),
         "tables/peers.md": peers(record("peers-b0-infer-cpu"), record("peers-b0-train-cpu"), record("b0-bf16-cpu")),
+        "tables/int8.md": int8(record("int8-cpu")),
         "tables/audit.md": audit(record("audit-camvid-cpu")),
     }
     (folder / "tables").mkdir(exist_ok=True)
@@ -331,6 +332,23 @@ def proof_rows(found: dict[str, Any]) -> Iterator[list[str]]:
         *(worst("gradient", f"golden {name}") for name in goldens),
     ]
     yield ["20 optimizer steps, against PyTorch", *(worst("trajectory", f"{name}, 20 steps") for name in families)]
+
+
+def int8(found: dict[str, Any]) -> str:
+    """Table of what INT8 changes, a row for each exported file of the record."""
+    rows = (
+        [
+            row["model"],
+            row["data"],
+            row["quantised_by"],
+            *(f"{100 * row[kind]['mean_iou']:.1f}" for kind in ("float32", "int8")),
+            f"{row['agreement']:.1%}",
+            " → ".join(f"{row[kind]['bytes'] / 2**20:.1f}" for kind in ("float32", "int8")),
+        ]
+        for row in found["results"]
+    )
+    head = ["model", "data", "quantised by", "mIoU in float32", "in INT8", "equal labels", "size, MiB"]
+    return _table(head, rows) + _origin(found) + "\n"
 
 
 def _table(head: list[str], rows: Iterator[list[str]]) -> str:
