@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
     """Marks as slow what `each_value_once` leaves out: each case whose values earlier cases of its test have had."""
     had = collections.defaultdict(set)
     for item in items:
-        if item.get_closest_marker("each_value_once"):
+        if item.get_closest_marker("each_value_once") and not item.get_closest_marker("slow"):
             values = set(enumerate(item.nodeid.partition("[")[2].rstrip("]").split("-")))
             seen = had[item.nodeid.partition("[")[0]]
             if values <= seen:

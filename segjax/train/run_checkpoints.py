@@ -44,11 +44,13 @@ class RunCheckpoints:
 
             # With several processes, orbax does not create the folder.
             self._folder.mkdir(parents=True, exist_ok=True)
+            # Temporary folders of a save that was killed. With its own option, orbax removes them in a thread for which
+            # nothing waits, and which may remove those of another manager's save in this process.
+            for path in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=False,
-                # Removes temporary folders of a save that was killed.
-                cleanup_tmp_directories=True,
                 multiprocessing_options=orbax_folder.this_process_alone(),
             )
             orbax_folder.report_errors_once()

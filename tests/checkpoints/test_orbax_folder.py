@@ -184,6 +184,15 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
+def test_leftovers_are_removed_before_another_save_of_the_process_begins(tmp_path):
+    for step in range(200):
+        for item in ("about", "weights"):
+            (tmp_path / "run" / f"{step}.orbax-checkpoint-tmp" / item).mkdir(parents=True)
+    run = RunCheckpoints(tmp_path / "run", keep=1)
+    assert not list((tmp_path / "run").iterdir())
+    run.wait()
+
+
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
